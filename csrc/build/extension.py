@@ -141,7 +141,8 @@ def _remove_stale(steps: list[Step]) -> None:
     outputs = {step.output for step in steps}
     for path in (FOLDER / "objects").rglob("*.o"):
         if path not in outputs:
-            path.unlink()
+            for part in (path, path.with_suffix(".d"), path.with_suffix(".key")):
+                part.unlink(missing_ok=True)
 
 
 def _install(linked: Path, library: Path) -> None:
