@@ -3,8 +3,9 @@
     python csrc/build/extension.py            build in place
     python csrc/build/extension.py --verbose  the same, with the command lines
 
-The objects stay in build/objects. One is compiled again when its source or a header that it
-includes (the compiler lists them) is newer, or when its flags, the compiler or torch differ.
+The objects stay in build/objects, apart for every torch they were compiled against. One is
+compiled again when its source or a header that it includes (the compiler lists them) is newer, or
+when its flags or the compiler differ.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from __future__ import annotations
 import argparse
 import fcntl
 import os
-import re
 import shlex
 import shutil
 import subprocess
@@ -62,9 +62,8 @@ class Step:
         started = time.time_ns()
         partial = self.output.with_suffix(".partial")
         command = [*self.command, "-o", str(partial)]
-        print(
-            shlex.join(command) if verbose else f"  {self.output.relative_to(FOLDER)}", flush=True
-        )
+        shown = shlex.join(command) if verbose else f"  {self.output.relative_to(FOLDER)}"
+        print(shown, flush=True)
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         if done.returncode != 0:
             raise BuildError(f"this command failed:\n{shlex.join(command)}\n{done.stderr}")
@@ -74,54 +73,61 @@ class Step:
         self.record.write_text(self.key)
 
 
-def build(library: Path = LIBRARY, *, strict: bool = True, verbose: bool = False) -> None:
-    """Compiles what changed, links, and puts the result at `library`. strict: -Werror."""
+def build(library: Path = LIBRARY, *, strict: bool = True, verbose: bool = False) -> list[Path]:
+    """Compiles what changed, links, puts the result at `library`, and returns the objects.
+
+    strict: warnings are errors.
+    """
     toolchain = find_toolchain()
     torch = find_torch()
     if torch is None:
         raise BuildError(f"torch not found; install it first: pip install '{REQUIREMENT}'")
-    FOLDER.mkdir(exist_ok=True)
-    with _locked(FOLDER / "lock"):
-        steps = list(_compile_steps(toolchain, torch, strict))
+    folder = FOLDER / "objects" / f"torch-{torch.version}"
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder / "lock"):
+        steps = list(_compile_steps(toolchain, torch, folder, strict))
         _run_parallel([step for step in steps if not _is_compiled(step)], verbose)
-        _remove_stale(steps)
         objects = [step.output for step in steps]
-        link = _link_step(toolchain, torch, objects)
+        _remove_stale(folder, objects)
+        link = _link_step(toolchain, torch, folder, objects)
         if not link.is_current([*objects, EXPORTS]):
             link.run(verbose)
         _install(link.output, library)
+    return objects
 
 
-def _compile_steps(toolchain: Toolchain, torch: Torch, strict: bool) -> Iterator[Step]:
+def _compile_steps(
+    toolchain: Toolchain, torch: Torch, folder: Path, strict: bool
+) -> Iterator[Step]:
     for source in sorted(SOURCES.rglob("*.cpp")):
         name = source.relative_to(SOURCES)
         per_isa = name.name.endswith(".isa.cpp")
         stem = name.name.removesuffix(".isa.cpp" if per_isa else ".cpp")
         for isa in toolchain.isas if per_isa else [None]:
-            output = FOLDER / "objects" / name.with_name(f"{stem}.{isa}.o" if isa else f"{stem}.o")
+            output = folder / name.with_name(f"{stem}.{isa}.o" if isa else f"{stem}.o")
             flags = ["-I", "csrc", *toolchain.compile_flags(isa)]
             command = [*toolchain.launcher, *toolchain.compiler, *flags]
             command += ["-isystem", str(torch.include), *(["-Werror"] if strict else [])]
             command += ["-MMD", "-MF", str(output.with_suffix(".d")), "-c", f"csrc/{name}"]
-            yield Step(output, command, _key(toolchain, torch, flags))
+            yield Step(output, command, _key(toolchain, flags))
 
 
-def _link_step(toolchain: Toolchain, torch: Torch, objects: list[Path]) -> Step:
+def _link_step(toolchain: Toolchain, torch: Torch, folder: Path, objects: list[Path]) -> Step:
     flags = [*toolchain.link_flags(), *(str(path.relative_to(ROOT)) for path in objects)]
     command = [*toolchain.compiler, *flags, f"-L{torch.lib}", "-ltorch_cpu"]
-    return Step(FOLDER / "objects" / "_C.so", command, _key(toolchain, torch, flags))
+    return Step(folder / "_C.so", command, _key(toolchain, flags))
 
 
-def _key(toolchain: Toolchain, torch: Torch, flags: list[str]) -> str:
-    """Without torch's path: a later build may find the same torch in another folder."""
-    return f"{toolchain.version}\ntorch {torch.version}\n{shlex.join(flags)}\n"
+def _key(toolchain: Toolchain, flags: list[str]) -> str:
+    """Without torch's path: a later build may find the same torch in another place."""
+    return f"{toolchain.version}\n{shlex.join(flags)}\n"
 
 
 def _is_compiled(step: Step) -> bool:
     if not step.depfile.is_file():
         return False
-    text = step.depfile.read_text().replace("\\\n", " ").partition(": ")[2]
-    return step.is_current([ROOT / name for name in re.split(r"(?<!\\)\s+", text.strip())])
+    names = step.depfile.read_text().replace("\\\n", " ").partition(":")[2].split()
+    return step.is_current([ROOT / name for name in names])
 
 
 def _run_parallel(steps: list[Step], verbose: bool) -> None:
@@ -137,10 +143,9 @@ def _run_parallel(steps: list[Step], verbose: bool) -> None:
             job.result()
 
 
-def _remove_stale(steps: list[Step]) -> None:
-    outputs = {step.output for step in steps}
-    for path in (FOLDER / "objects").rglob("*.o"):
-        if path not in outputs:
+def _remove_stale(folder: Path, objects: list[Path]) -> None:
+    for path in folder.rglob("*.o"):
+        if path not in objects:
             for part in (path, path.with_suffix(".d"), path.with_suffix(".key")):
                 part.unlink(missing_ok=True)
 

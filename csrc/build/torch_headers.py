@@ -32,7 +32,7 @@ class Torch:
 def find_torch() -> Torch | None:
     """The first usable torch: the build environment's own, else the one pip installs into."""
     for root in _candidates():
-        torch = _inspect(root)
+        torch = inspect(root)
         if torch is not None:
             return torch
     return None
@@ -61,7 +61,7 @@ def _sees_system_packages() -> bool:
     return bool(re.search(r"(?im)^include-system-site-packages\s*=\s*true", config.read_text()))
 
 
-def _inspect(root: Path) -> Torch | None:
+def inspect(root: Path) -> Torch | None:
     version_file = root / "version.py"
     if not version_file.is_file() or not (root / "include/torch/csrc/stable").is_dir():
         return None
