@@ -63,7 +63,7 @@ class Step:
         partial = self.output.with_suffix(".partial")
         command = [*self.command, "-o", str(partial)]
         shown = shlex.join(command) if verbose else f"  {self.output.relative_to(FOLDER)}"
-        print(shown, flush=True)
+        print(f"{shown}\n", end="", flush=True)  # one write: threads print at the same time
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         if done.returncode != 0:
             raise BuildError(f"this command failed:\n{shlex.join(command)}\n{done.stderr}")
