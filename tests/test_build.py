@@ -41,7 +41,8 @@ def _isas_in(name: str) -> set[str]:
 def build_modules(monkeypatch):
     """The modules of the build step, which are no part of the installed package."""
     monkeypatch.syspath_prepend(str(BUILD))
-    names = ("toolchain", "torch_headers", "extension")
+    pytest.importorskip("setuptools", minversion="77")
+    names = ("toolchain", "torch_headers", "extension", "backend")
     yield {name: importlib.import_module(name) for name in names}
     for name in names:
         sys.modules.pop(name)
@@ -177,6 +178,20 @@ def test_torch_is_found_by_its_version(build_modules, tmp_path, version, usable)
     (root / "version.py").write_text(f"from typing import Optional\n__version__ = '{version}'\n")
     found = build_modules["torch_headers"].inspect(root)
     assert (found.version if found else None) == (version if usable else None)
+
+
+@pytest.mark.parametrize(
+    ("present", "switch", "expected"),
+    [(True, "", []), (False, "", ["torch>=2.11"]), (False, "1", [])],
+    ids=["torch-installed", "torch-missing", "no-extension"],
+)
+def test_torch_is_a_build_requirement_only_when_missing(
+    build_modules, monkeypatch, present, switch, expected
+):
+    backend = build_modules["backend"]
+    monkeypatch.setenv("UDLKERNELS_NO_EXTENSION", switch)
+    monkeypatch.setattr(backend, "find_torch", lambda: "found" if present else None)
+    assert backend.torch_requirement() == expected
 
 
 @needs_library

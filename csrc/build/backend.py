@@ -26,11 +26,11 @@ Settings = Mapping[str, Any] | None
 
 
 def get_requires_for_build_wheel(config_settings: Settings = None) -> list[str]:
-    return build_meta.get_requires_for_build_wheel(config_settings) + _torch()
+    return torch_requirement() + build_meta.get_requires_for_build_wheel(config_settings)
 
 
 def get_requires_for_build_editable(config_settings: Settings = None) -> list[str]:
-    return build_meta.get_requires_for_build_editable(config_settings) + _torch()
+    return torch_requirement() + build_meta.get_requires_for_build_editable(config_settings)
 
 
 def build_wheel(
@@ -44,7 +44,7 @@ def build_wheel(
     return build_meta.build_wheel(wheel_directory, config_settings, metadata_directory)
 
 
-def _torch() -> list[str]:
+def torch_requirement() -> list[str]:
     if os.environ.get("UDLKERNELS_NO_EXTENSION") == "1":
         return []
     find_toolchain()  # reports a missing compiler before torch is downloaded
