@@ -1,0 +1,103 @@
+"""The calls that are timed: one contestant's forward, and its forward and backward."""
+
+from __future__ import annotations
+
+import functools
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .declaration import Input, Row, Shape
+
+Arguments = dict[str, Tensor]
+
+
+def draw(row: Row, device: torch.device) -> Arguments:
+    """The inputs of a row: the same on every run, of no other row."""
+    generator = torch.Generator().manual_seed(zlib.crc32(row.id.encode()))
+    return {
+        name: _tensor(spec, row.shape, row.dtype, device, generator)
+        for name, spec in row.benchmark.inputs(row.shape).items()
+    }
+
+
+def copied(row: Row, arguments: Arguments) -> Arguments:
+    """The same inputs, with a copy of each that the op writes."""
+    specs = row.benchmark.inputs(row.shape)
+    return {
+        name: value.clone() if specs[name].written else value for name, value in arguments.items()
+    }
+
+
+def flat(outputs: Any) -> list[Tensor]:
+    """The tensors that an op returned."""
+    return [outputs] if isinstance(outputs, Tensor) else list(outputs)
+
+
+class Contestant:
+    """A function with its arguments bound, ready to be called in a loop."""
+
+    def __init__(
+        self,
+        name: str,
+        function: Callable[..., Any],
+        arguments: Arguments,
+        options: Mapping[str, Any],
+        dtype: torch.dtype,
+    ) -> None:
+        self.name = name
+        self.dtype = dtype
+        self.arguments = arguments
+        self.leaves = [value for value in arguments.values() if value.requires_grad]
+        self.call = functools.partial(function, **arguments, **options)
+        self._grads: list[Tensor] = []
+
+    def backward(self, outputs: Any) -> Sequence[Tensor]:
+        """Gradients of all leaves; those of the outputs are drawn at the first call.
+
+        They are rounded to the row's dtype, so that the float64 reference gets the same values.
+        """
+        differentiable = [value for value in flat(outputs) if value.requires_grad]
+        if not self._grads:
+            generator = torch.Generator(differentiable[0].device).manual_seed(1)
+            self._grads = [_normal_like(value, generator, self.dtype) for value in differentiable]
+        return torch.autograd.grad(differentiable, self.leaves, self._grads)
+
+    def results(self) -> dict[str, Tensor]:
+        """Outputs, gradients and written inputs of one call, by name."""
+        outputs = self.call()
+        found = {f"output {i}": value.detach() for i, value in enumerate(flat(outputs))}
+        if self.leaves:
+            names = [name for name, value in self.arguments.items() if value.requires_grad]
+            grads = self.backward(outputs)
+            found |= {f"grad {name}": grad for name, grad in zip(names, grads, strict=True)}
+        return found | {
+            name: value.clone() for name, value in self.arguments.items() if not value.requires_grad
+        }
+
+
+def _tensor(
+    spec: Input, shape: Shape, dtype: torch.dtype, device: torch.device, generator: torch.Generator
+) -> Tensor:
+    value = torch.empty(spec.size, dtype=torch.float32)
+    if spec.kind in ("zeros", "ones"):
+        value.fill_(float(spec.kind == "ones"))
+    else:
+        mean, deviation = {"normal": (0.0, 1.0), "scale": (1.0, 0.1), "small": (0.0, 0.1)}[
+            spec.kind
+        ]
+        value.normal_(mean, deviation, generator=generator)
+    value = value.to(device, spec.dtype or dtype)
+    if shape.layout == "channels_last" and value.dim() in (4, 5):
+        formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+        value = value.contiguous(memory_format=formats[value.dim()])
+    return value.requires_grad_(spec.grad)
+
+
+def _normal_like(value: Tensor, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
+    """Random values in the same memory layout."""
+    drawn = torch.randn(value.shape, generator=generator, device=value.device)
+    return torch.empty_like(value).copy_(drawn.to(dtype))

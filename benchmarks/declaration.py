@@ -1,0 +1,170 @@
+"""What a benchmark file declares: an op, its shapes and inputs, its peers, its bytes and flops.
+
+A declaration holds no measuring code. `python -m udlkernels.benchmarks` and `pytest benchmarks`
+read the same ones.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+DTYPES = {
+    "fp64": torch.float64,
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+PHASES = ("forward", "backward", "step")
+GROUPS = ("model", "odd", "overhead")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One size to measure, named after the model and layer it comes from.
+
+    Args:
+        name: such as "gpt2" or "resnet50-conv2"; no slash.
+        size: size of the main input.
+        group: "model"; "odd" for awkward widths, compared per byte with the `twin` of round width;
+            "overhead" for tiny inputs, measured as whole public calls on one thread.
+        layout: memory format of the inputs with four or five dimensions.
+        options: keyword arguments of the op and of its peers, such as num_groups.
+        twin: id of the shape that an odd one is compared with.
+        quick: whether the quick run measures it.
+    """
+
+    name: str
+    size: tuple[int, ...]
+    group: str = "model"
+    layout: str = "contiguous"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    twin: str = ""
+    quick: bool = False
+
+    @property
+    def id(self) -> str:
+        parts = [self.name, "x".join(map(str, self.size))]
+        if self.layout != "contiguous":
+            parts.append(self.layout)
+        return "-".join(parts)
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.size)
+
+
+@dataclass(frozen=True)
+class Input:
+    """One tensor argument, drawn anew for each row.
+
+    `kind`: "normal", "scale" (around one), "small" (deviation 0.1), "zeros", "ones". `dtype` None
+    is the row's; `grad`: a floating input whose gradient belongs to the step; `written`: the op
+    updates it in place.
+    """
+
+    size: tuple[int, ...]
+    kind: str = "normal"
+    grad: bool = True
+    dtype: torch.dtype | None = None
+    written: bool = False
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Bytes that have to cross memory once, and flops of the algorithm."""
+
+    forward_bytes: int
+    backward_bytes: int
+    forward_flops: int = 0
+    backward_flops: int = 0
+
+    def bytes(self, phase: str) -> int:
+        return self._of(phase, self.forward_bytes, self.backward_bytes)
+
+    def flops(self, phase: str) -> int:
+        return self._of(phase, self.forward_flops, self.backward_flops)
+
+    @staticmethod
+    def _of(phase: str, forward: int, backward: int) -> int:
+        return {"forward": forward, "backward": backward, "step": forward + backward}[phase]
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Someone else's way to the same outputs: a function of the same arguments.
+
+    `compiled` asks for the same function through `torch.compile` as a further peer.
+    """
+
+    name: str
+    run: Callable[..., Any]
+    compiled: bool = True
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """One op of the library beside its peers.
+
+    `run` is the public function with the arguments of `inputs` and of `Shape.options` by name, and
+    the keyword `implementation`. `fused`: the peer is a sequence of ops, above whose peak memory
+    the op must not only not be, but stay below.
+    """
+
+    op: str
+    family: str
+    shapes: tuple[Shape, ...]
+    inputs: Callable[[Shape], Mapping[str, Input]]
+    run: Callable[..., Any]
+    peers: tuple[Peer, ...]
+    cost: Callable[[Shape, torch.dtype], Cost]
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
+    fused: bool = False
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one line of the table measures."""
+
+    benchmark: Benchmark
+    shape: Shape
+    dtype: torch.dtype
+
+    @property
+    def id(self) -> str:
+        return f"{self.benchmark.op}/{self.shape.id}/{DTYPE_NAMES[self.dtype]}"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A goal: the geometric mean of the ratios to eager PyTorch over an op's model shapes.
+
+    `share` is the alternative, a share of the measured ceiling. `goal` None only shows the figure.
+    `layout` None takes all layouts.
+    """
+
+    op: str
+    phase: str
+    dtype: torch.dtype
+    goal: float | None = None
+    share: float | None = None
+    layout: str | None = None
+
+    @property
+    def name(self) -> str:
+        layout = {None: "", "contiguous": " NCHW", "channels_last": " channels-last"}[self.layout]
+        return f"{self.op} {self.phase} {DTYPE_NAMES[self.dtype]}{layout}"
+
+
+@dataclass(frozen=True)
+class OverheadCase:
+    """A goal for tiny inputs: microseconds on top of eager PyTorch's whole call."""
+
+    op: str
+    phase: str
+    extra_us: float

@@ -1,0 +1,130 @@
+"""What a run found, as data: one `Measured` a row and phase, and the `Run` around them."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import tempfile
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .timing import ratio_interval
+
+OURS = "ours"
+EAGER = "eager"
+COMPILED = "compile"
+# A speed is believed only down to this share of the time that the ceilings allow.
+SUSPECT_BELOW = 1 / 1.15
+
+
+@dataclass
+class Measured:
+    """One row and phase.
+
+    `floor` is the time at the copy ceiling; `least` the shortest that can be believed, at the best
+    bandwidth of any kind. `flags` says why a speed does not count.
+    """
+
+    id: str
+    op: str
+    shape: str
+    group: str
+    layout: str
+    dtype: str
+    phase: str
+    threads: int
+    bytes: int
+    flops: int
+    floor: float = 0.0
+    least: float = 0.0
+    implementation: str = "kernel"
+    samples: dict[str, list[float]] = field(default_factory=dict)
+    memory: dict[str, int] = field(default_factory=dict)
+    errors: dict[str, Any] = field(default_factory=dict)
+    flags: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    twin: str = ""
+    allocator: str = ""
+
+    @property
+    def counts(self) -> bool:
+        """Whether the speed may be reported as ours."""
+        return bool(self.samples) and not self.flags
+
+    @property
+    def fell_back(self) -> bool:
+        return "torch" in self.flags
+
+    def seconds(self, contestant: str = OURS) -> float | None:
+        found = self.samples.get(contestant)
+        return statistics.median(found) if found else None
+
+    def ratio(self, peer: str = EAGER) -> tuple[float, float, float] | None:
+        """Peer's time over ours, with the ends of its confidence interval."""
+        if not self.samples.get(OURS) or not self.samples.get(peer):
+            return None
+        return ratio_interval(self.samples[OURS], self.samples[peer])
+
+    @property
+    def share(self) -> float | None:
+        """Of the ceiling: 1 is the machine's copy speed, or its dense product's."""
+        seconds = self.seconds()
+        return self.floor / seconds if seconds else None
+
+    def judge(self) -> None:
+        """Adds the flag of a time that cannot be true."""
+        seconds = self.seconds()
+        if seconds is not None and seconds < self.least * SUSPECT_BELOW:
+            self.flags.append("suspect")
+
+
+@dataclass
+class Run:
+    environment: dict[str, Any]
+    settings: dict[str, Any]
+    ceilings: dict[str, Any]
+    rows: list[Measured]
+    scaling: dict[str, dict[str, float]] = field(default_factory=dict)
+    default_allocator: list[Measured] = field(default_factory=list)
+    cases: list[dict[str, Any]] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def to_json(self) -> str:
+        """Everything, raw samples included, and the figures drawn from them."""
+        rows = [
+            {**asdict(row), "seconds": _medians(row), "ratio": _ratios(row), "share": row.share}
+            for row in self.rows
+        ]
+        return json.dumps({**asdict(self), "rows": rows}, indent=1)
+
+
+def read_rows(path: Path) -> list[Measured]:
+    """The rows of a file that `Run.to_json` wrote."""
+    derived = ("seconds", "ratio", "share")
+    return [
+        Measured(**{name: value for name, value in row.items() if name not in derived})
+        for row in json.loads(path.read_text())["rows"]
+    ]
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """The whole new file or the whole old one, whenever the process ends."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+    try:
+        with os.fdopen(descriptor, "w") as file:
+            file.write(text)
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+def _medians(row: Measured) -> dict[str, float]:
+    return {name: statistics.median(values) for name, values in row.samples.items() if values}
+
+
+def _ratios(row: Measured) -> dict[str, tuple[float, float, float] | None]:
+    return {name: row.ratio(name) for name in row.samples if name != OURS}
