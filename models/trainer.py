@@ -23,16 +23,16 @@ from . import checkpoint
 from .ops import Ops, set_implementation
 from .task import Data, Run, Task, Training
 
-DType = Literal["float32", "float64", "bfloat16"]
+DType = Literal["fp32", "fp64", "bf16"]
 
 
 @dataclass(frozen=True)
 class Computing:
-    """Where and how a network is computed. bfloat16 is autocast over float32 weights."""
+    """Where and how a network is computed. bf16 is autocast over fp32 weights."""
 
     ops: Ops = "udlkernels"
     device: str = "cpu"
-    dtype: DType = "float32"
+    dtype: DType = "fp32"
     compile: bool = False
 
     def place(self, data: Data) -> Data:
@@ -50,10 +50,10 @@ class Computing:
 
     @property
     def weight_dtype(self) -> torch.dtype:
-        return torch.float64 if self.dtype == "float64" else torch.float32
+        return torch.float64 if self.dtype == "fp64" else torch.float32
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
-        if self.dtype != "bfloat16":
+        if self.dtype != "bf16":
             return contextlib.nullcontext()
         return torch.autocast(torch.device(self.device).type, torch.bfloat16)
 

@@ -94,10 +94,10 @@ def test_wrong_part_is_refused(trainer: Trainer, path: Path, part: str, value: A
 @pytest.mark.parametrize(
     ("variant", "seed", "dtype", "changes", "message"),
     [
-        ("plain", 0, "float32", {}, "variant = plain, not normalized"),
-        ("normalized", 1, "float32", {}, "seed = 1, not 0"),
-        ("normalized", 0, "float64", {}, "dtype = float64, not float32"),
-        ("normalized", 0, "float32", {"epochs": 9}, "epochs = 9, not 6"),
+        ("plain", 0, "fp32", {}, "variant = plain, not normalized"),
+        ("normalized", 1, "fp32", {}, "seed = 1, not 0"),
+        ("normalized", 0, "fp64", {}, "dtype = fp64, not fp32"),
+        ("normalized", 0, "fp32", {"epochs": 9}, "epochs = 9, not 6"),
     ],
     ids=["variant", "seed", "dtype", "epochs"],
 )

@@ -140,7 +140,7 @@ def test_diverged_run_stops_and_is_reported(task: Task, tmp_path: Path) -> None:
     assert document["summary"][0]["metric"] == [None]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["fp32", "fp64", "bf16"])
 def test_dtype_of_weights_and_of_products(task: Task, tmp_path: Path, dtype: Any) -> None:
     seen: list[tuple[torch.dtype, torch.dtype]] = []
 
@@ -150,8 +150,12 @@ def test_dtype_of_weights_and_of_products(task: Task, tmp_path: Path, dtype: Any
         return torch.nn.functional.cross_entropy(out.float(), y)
 
     results = runner.train(replace(task, loss=loss), ONE, Options(tmp_path, Computing(dtype=dtype)))
-    weight = torch.float64 if dtype == "float64" else torch.float32
-    assert set(seen) == {(weight, getattr(torch, dtype))}
+    expected = {
+        "fp32": (torch.float32, torch.float32),
+        "fp64": (torch.float64, torch.float64),
+        "bf16": (torch.float32, torch.bfloat16),
+    }
+    assert set(seen) == {expected[dtype]}
     assert results.runs[0].history["loss"][-1] < results.runs[0].history["loss"][0]
 
 

@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from udlkernels import ArgumentError, models
-from udlkernels.cli.train import app
+from udlkernels.cli import app
 from udlkernels.models.task import Task
 
 run = CliRunner().invoke
@@ -46,8 +46,8 @@ def test_models_as_json(task: Task) -> None:
         (["--quick"], 6),
         (["--full"], 9),
         (["--ops", "torch"], 4),
-        (["--ops", "reference", "--dtype", "float64", "--seed", "5"], 4),
-        (["--dtype", "bfloat16", "--device", "cpu"], 6),
+        (["--ops", "reference", "--dtype", "fp64", "--seed", "5"], 4),
+        (["--dtype", "bf16", "--device", "cpu"], 6),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
 )

@@ -14,10 +14,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from udlkernels.models.trainer import Trainer
 
-app = typer.Typer(no_args_is_help=True)
 
-
-@app.command()
 def models(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
@@ -40,7 +37,6 @@ def models(
     Console().print(grid)
 
 
-@app.command()
 def train(
     model: Annotated[str, typer.Argument(help="A name that `udlkernels models` lists.")],
     quick: Annotated[
@@ -56,9 +52,9 @@ def train(
     ] = "udlkernels",
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:1.")] = "cpu",
     dtype: Annotated[
-        Literal["float32", "float64", "bfloat16"],
-        typer.Option(help="bfloat16 is autocast over float32 weights."),
-    ] = "float32",
+        Literal["fp32", "fp64", "bf16"],
+        typer.Option(help="bf16 is autocast over fp32 weights."),
+    ] = "fp32",
     compile_model: Annotated[
         bool, typer.Option("--compile", help="Train through torch.compile.")
     ] = False,
