@@ -1,0 +1,7 @@
+#pragma once
+
+#include "isa.h"
+#include "normalization/row_norm.h"
+
+UDL_KERNEL(layer_norm_forward, (const RowNormForward& args, int64_t begin, int64_t end))
+UDL_KERNEL(layer_norm_backward, (const RowNormBackward& args, int64_t begin, int64_t end))

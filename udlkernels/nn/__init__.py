@@ -1,0 +1,9 @@
+"""torch.nn's modules on our kernels: same names, constructor arguments and `state_dict` keys.
+
+Each is a subclass of torch's module, and carries the attribute `implementation` ("auto" unless
+set), which it passes to the function of `udlkernels.functional` that it calls.
+"""
+
+from udlkernels.nn.row_norm import LayerNorm, RMSNorm
+
+__all__ = ["LayerNorm", "RMSNorm"]

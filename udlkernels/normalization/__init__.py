@@ -1,0 +1,1 @@
+"""Normalization: kernels and formulas. The public functions live in `udlkernels.functional`."""

@@ -1,0 +1,1 @@
+"""layer_norm and add_layer_norm, which share their kernels."""

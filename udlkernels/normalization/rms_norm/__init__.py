@@ -1,0 +1,1 @@
+"""rms_norm and add_rms_norm, which share their kernels."""
