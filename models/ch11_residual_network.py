@@ -170,9 +170,11 @@ def draw_variance(ax: Axes, results: Results) -> None:
 
 
 def draw_losses(ax: Axes, results: Results) -> None:
-    for colour, width, ops in ((COLOURS[4], 4, "torch"), (COLOURS[3], 1.2, "udlkernels")):
-        for run in results.select("deep_batch_norm", ops)[:1]:
-            curve(ax, [run], "loss", color=colour, linewidth=width, label=f"{ops} ops")
+    for ops in dict.fromkeys(run.ops for run in results.runs):
+        first = results.select("deep_batch_norm", ops)[:1]
+        thick = ops == "torch"  # beneath the other curve, and wider, so that both are seen
+        colour, width = ("#bbbbbb", 4) if thick else (COLOURS[3], 1.2)
+        curve(ax, first, "loss", color=colour, lw=width, zorder=2 - thick, label=f"{ops} ops")
     ax.set(xlabel="epoch", ylabel="cross-entropy", yscale="log")
     ax.legend(frameon=False)
 

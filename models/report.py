@@ -12,14 +12,21 @@ from rich.table import Table as Grid
 from .task import Results, Run, Table, Task, seconds_per_step
 
 
+def middle(values: list[float]) -> str:
+    """The median of the runs that did not diverge."""
+    finite = [value for value in values if math.isfinite(value)]
+    return f"{median(finite):.3g}" if finite else "-"
+
+
 def spread(values: list[float]) -> str:
     """The median and, of several values, the range; how many runs diverged."""
     finite = [value for value in values if math.isfinite(value)]
-    text = f"{median(finite):.3g}" if finite else ""
+    parts = [middle(finite)] if finite else []
     if len(finite) > 1:
-        text += f" ({min(finite):.3g}-{max(finite):.3g})"
-    lost = len(values) - len(finite)
-    return ", ".join(filter(None, [text, f"{lost} diverged" if lost else ""]))
+        parts[0] += f" ({min(finite):.3g}-{max(finite):.3g})"
+    if len(finite) < len(values):
+        parts.append(f"{len(values) - len(finite)} diverged")
+    return ", ".join(parts)
 
 
 def distance(first: Run, second: Run) -> float:
@@ -67,7 +74,7 @@ def metric_table(task: Task[Any], results: Results) -> Grid:
             f"{runs[0].parameters:,}",
             task.expected.get(variant, "-"),
             spread([run.final(f"test_{task.metric}") for run in runs]),
-            f"{median(run.final(f'train_{task.metric}') for run in runs):.3g}",
+            middle([run.final(f"train_{task.metric}") for run in runs]),
             f"{1e6 * seconds_per_step(runs):.0f}",
         )
     return grid
@@ -91,7 +98,7 @@ def ops_table(task: Task[Any], results: Results) -> Grid | None:
         *(f"ours\n{task.metric}", f"PyTorch\n{task.metric}", "curves apart\nops/seeds"),
         caption=f"Test {task.metric}, median over seeds. Curves apart: mean difference of the "
         "training loss by epoch, between the two sets of ops, and between two seeds with ours. "
-        f"Ours ran {', '.join(used)}.",
+        f"Ours: {', '.join(used)}.",
     )
     for variant in variants:
         grid.add_row(variant, *_ops_row(task, results, variant))
@@ -112,7 +119,7 @@ def _ops_row(task: Task[Any], results: Results, variant: str) -> list[str]:
     return [
         *(f"{1e6 * seconds_per_step(runs):.0f}" for runs in (ours, theirs)),
         f"{median(ratios):.2f}x",
-        *(f"{median(values):.3g}" for values in metrics),
+        *(middle(values) for values in metrics),
         f"{apart:.3f}/" + (f"{median(seeds):.3f}" if seeds else "-"),
     ]
 
