@@ -1,0 +1,250 @@
+"""What the benchmark suite makes of its samples: intervals, goals, history, files, pictures."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from udlkernels.benchmarks import benchmarks, chart, environment, history, summary
+from udlkernels.benchmarks.declaration import Case, OverheadCase
+from udlkernels.benchmarks.results import Measured, Run, read_rows, write_atomically
+from udlkernels.benchmarks.timing import geometric_mean, ratio_interval
+
+ALL = benchmarks()
+
+
+def _measured(ours=(1.0,), eager=(2.0,), **changes):
+    """A row of rms_norm with the samples given."""
+    row = Measured(
+        id="rms_norm/gpt2-8x8/fp32/step",
+        op="rms_norm",
+        shape="gpt2-8x8",
+        group="model",
+        layout="contiguous",
+        dtype="fp32",
+        phase="step",
+        threads=1,
+        bytes=1024,
+        flops=0,
+        floor=0.5,
+        least=0.5,
+        samples={"ours": list(ours), "eager": list(eager)},
+        memory={"ours": 1, "eager": 2},
+    )
+    return dataclasses.replace(row, **changes)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "flags"),
+    [
+        pytest.param(1.0, [], id="possible"),
+        pytest.param(0.9, [], id="within-noise"),
+        pytest.param(0.8, ["suspect"], id="impossible"),
+    ],
+)
+def test_faster_than_the_floor_is_flagged(seconds, flags):
+    row = _measured(ours=[seconds] * 5, least=1.0)
+    row.judge()
+    assert row.flags == flags
+    assert row.counts == (not flags)
+
+
+# Figures
+
+
+def test_interval_of_a_constant_ratio_is_a_point():
+    assert ratio_interval([1.0] * 9, [3.0] * 9) == (3.0, 3.0, 3.0)
+
+
+def test_interval_holds_the_true_ratio_and_shrinks_with_samples():
+    noise = np.random.default_rng(0).lognormal(0, 0.2, (2, 400))
+    ratio, low, high = ratio_interval(noise[0, :10], 2 * noise[1, :10])
+    many, lower, upper = ratio_interval(noise[0], 2 * noise[1])
+    assert low < ratio < high
+    assert lower < 2.0 < upper
+    assert lower < many < upper
+    assert upper - lower < high - low
+
+
+def test_drift_of_the_machine_does_not_widen_the_interval():
+    drift = np.linspace(1, 3, 50)
+    ratio, low, high = ratio_interval(drift, 2 * drift)
+    assert low == high == ratio == 2.0
+
+
+def test_geometric_mean():
+    assert geometric_mean([1.0, 4.0]) == 2.0
+    assert math.isnan(geometric_mean([]))
+
+
+# Goals
+
+
+def _outcome(rows, *, goal=None, share=None, **options):
+    case = Case("rms_norm", "step", torch.float32, goal, share)
+    declared = [b for b in ALL if b.op == "rms_norm"]
+    found = summary.outcomes(rows, declared, [case], [], {}, **options)
+    return next(outcome for outcome in found if outcome.case == case.name)
+
+
+@pytest.mark.parametrize(
+    ("ratios", "goal", "passed"),
+    [
+        pytest.param([2.0, 8.0], 4.0, True, id="mean-reaches-it"),
+        pytest.param([2.0, 7.0], 4.0, False, id="mean-below"),
+        pytest.param([0.9, 100.0], 4.0, False, id="one-shape-slower"),
+    ],
+)
+def test_case_wants_the_mean_and_no_slower_shape(ratios, goal, passed):
+    rows = [_measured(eager=[r], shape=str(i), floor=0.1) for i, r in enumerate(ratios)]
+    assert _outcome(rows, goal=goal).passed is passed
+
+
+def test_shape_at_the_ceiling_passes_whatever_its_ratio():
+    rows = [_measured(eager=[0.9], floor=0.9), _measured(eager=[100.0], shape="b", floor=0.1)]
+    assert _outcome(rows, goal=4.0).passed
+
+
+def test_share_of_the_ceiling_is_the_other_way_to_a_goal():
+    row = _measured(eager=[1.1], floor=0.9)
+    assert _outcome([row], goal=1.5, share=0.85).passed
+    assert not _outcome([row], goal=1.5).passed
+
+
+def test_fallback_counts_for_nothing():
+    fallback = _measured(eager=[100.0], shape="b", flags=["torch"])
+    outcome = _outcome([_measured(eager=[2.0]), fallback], goal=3.0)
+    assert not outcome.passed
+    assert outcome.rows == "1 of 2"
+    assert not _outcome([fallback], goal=3.0).passed
+
+
+def test_wrong_row_fails_its_case():
+    wrong = _measured(shape="b", flags=["wrong"], samples={})
+    assert not _outcome([_measured(eager=[9.0]), wrong], goal=3.0).passed
+
+
+def test_slower_than_compiled_fails():
+    samples = {"ours": [1.0], "eager": [9.0], "compile": [0.8]}
+    assert not _outcome([_measured(samples=samples)], goal=3.0).passed
+
+
+def _other(text, rows, **options):
+    declared = [b for b in ALL if b.op in ("rms_norm", "add_rms_norm")]
+    overheads = [OverheadCase("rms_norm", "step", 4.0)]
+    found = summary.outcomes(rows, declared, [], overheads, options.get("scaling", {}))
+    return next(outcome for outcome in found if text in outcome.case)
+
+
+@pytest.mark.parametrize(("extra", "passed"), [(3e-6, True), (5e-6, False)])
+def test_overhead_is_counted_in_microseconds(extra, passed):
+    row = _measured(ours=[1e-5 + extra], eager=[1e-5], group="overhead", shape="tiny-8x16")
+    assert _other("1 thread", [row]).passed is passed
+
+
+@pytest.mark.parametrize(("seconds", "passed"), [(1.1, True), (1.2, False)])
+def test_odd_widths_are_held_against_their_twins(seconds, passed):
+    rows = [
+        _measured(ours=[1.0], group="odd", shape="round"),
+        _measured(ours=[seconds], group="odd", shape="odd", twin="round"),
+    ]
+    assert _other("odd widths", rows).passed is passed
+
+
+@pytest.mark.parametrize(
+    ("op", "ours", "passed"),
+    [("rms_norm", 2, True), ("rms_norm", 3, False), ("add_rms_norm", 2, False)],
+)
+def test_memory_may_not_exceed_the_peers_and_fused_ops_stay_below(op, ours, passed):
+    row = _measured(op=op, memory={"ours": ours, "eager": 2})
+    assert _other("memory", [row]).passed is passed
+
+
+@pytest.mark.parametrize(("two", "passed"), [(0.5, True), (0.7, False)])
+def test_scaling_to_all_threads(two, passed):
+    times = {"rms_norm/a/fp32": {"1": 1.0, "2": two}}
+    assert _other("threads", [], scaling=times).passed is passed
+
+
+# History
+
+
+def _history(tmp_path, *runs):
+    fallen = []
+    for ratio in runs:
+        record = history.History(tmp_path / "history.json", "machine")
+        fallen = record.add({"row": ratio})
+        record.save()
+    return fallen
+
+
+def test_row_fallen_twice_running_is_reported(tmp_path):
+    assert _history(tmp_path, 10.0, 10.0, 5.0) == []
+    fallen = _history(tmp_path, 5.5)
+    assert [str(fall) for fall in fallen] == ["row: 5.50x, recorded 10.00x"]
+
+
+def test_row_that_recovered_is_not_reported(tmp_path):
+    assert _history(tmp_path, 10.0, 5.0, 9.0, 5.0) == []
+
+
+def test_low_runs_do_not_lower_the_record(tmp_path):
+    _history(tmp_path, 10.0, 1.0, 1.0, 1.0)
+    assert history.History(tmp_path / "history.json", "machine").recorded("row") == 10.0
+
+
+def test_each_machine_has_its_own_record(tmp_path):
+    _history(tmp_path, 10.0)
+    assert history.History(tmp_path / "history.json", "another").low({"row": 1.0}) == []
+    assert history.History(tmp_path / "history.json", "machine").low({"row": 1.0}) == ["row"]
+
+
+def test_history_keeps_rows_that_count_only():
+    rows = [_measured(), _measured(id="b", flags=["torch"]), _measured(id="c", group="overhead")]
+    assert history.ratios(rows) == {"rms_norm/gpt2-8x8/fp32/step": 2.0}
+
+
+# Files, settings, pictures
+
+
+def test_json_holds_raw_samples_and_is_read_back(tmp_path):
+    row = _measured(ours=[1.0, 1.5], eager=[2.0, 3.0])
+    run = Run(environment.describe(torch.device("cpu")), {}, {}, [row])
+    write_atomically(tmp_path / "bench.json", run.to_json())
+    found = json.loads((tmp_path / "bench.json").read_text())
+    assert found["rows"][0]["samples"] == row.samples
+    assert found["rows"][0]["ratio"]["eager"][0] == 2.0
+    for fact in ("torch", "processor", "commit", "isa", "allocator", "threads", "torch_flags"):
+        assert fact in found["environment"]
+    assert read_rows(tmp_path / "bench.json") == [row]
+
+
+def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "bench.json"
+    write_atomically(path, "old")
+
+    def fail(source, target):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("udlkernels.benchmarks.results.os.replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_atomically(path, "new")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_picture_shows_losses_and_wins(tmp_path):
+    pytest.importorskip("matplotlib")
+    rows = [_measured(), _measured(dtype="bf16", eager=[0.5])]
+    assert chart.draw(rows, tmp_path / "bench.png")
+    assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+    assert [path.name for path in tmp_path.iterdir()] == ["bench.png"]
+
+
+def test_nothing_to_draw(tmp_path):
+    assert not chart.draw([_measured(flags=["wrong"])], tmp_path / "bench.png")
