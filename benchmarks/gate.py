@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from udlkernels import _dispatch, testing
@@ -30,8 +29,7 @@ def check(row: Row, arguments: Arguments, implementation: str = "auto") -> Verdi
     """Ours on fresh inputs and before anyone else has computed the answer."""
     options = {**row.shape.options, "implementation": implementation}
     ours = Contestant("ours", row.benchmark.run, copied(row, arguments), options, row.dtype)
-    with testing.poisoned_memory():
-        got = ours.results()
+    got = _poisoned(ours)
     verdict = Verdict(_chosen(ours))
     peer = row.benchmark.peers[0]
     expected = Contestant(
@@ -39,7 +37,7 @@ def check(row: Row, arguments: Arguments, implementation: str = "auto") -> Verdi
     ).results()
     exact = _exact(row, arguments)
     for name, truth in exact.items():
-        _compare(name, got[name], expected[name], truth, row, verdict)
+        _compare(name, got[name], expected[name], truth, verdict)
     if verdict.implementation == "torch":
         verdict.flags.append("torch")
     return verdict
@@ -47,8 +45,17 @@ def check(row: Row, arguments: Arguments, implementation: str = "auto") -> Verdi
 
 def mostly_zero(got: Tensor, truth: Tensor) -> bool:
     """Zeros where the right answer has few."""
-    zeros = (got == 0).double().mean().item() if got.numel() else 0.0
-    return zeros > _MOSTLY_ZERO and (truth == 0).double().mean().item() <= _MOSTLY_ZERO
+    few = (1 - _MOSTLY_ZERO) * got.numel()
+    return bool(got.count_nonzero() < few <= truth.count_nonzero())
+
+
+def _poisoned(contestant: Contestant) -> dict[str, Tensor]:
+    """Its results, where what a kernel forgets to write is not zero by luck."""
+    testing.poison_allocations()
+    try:
+        return contestant.results()
+    finally:
+        testing.poison_allocations(False)
 
 
 def _chosen(contestant: Contestant) -> str:
@@ -69,16 +76,17 @@ def _exact(row: Row, arguments: Arguments) -> dict[str, Tensor]:
     return Contestant("reference", row.benchmark.run, wide, options, row.dtype).results()
 
 
-def _compare(
-    name: str, got: Tensor, peer: Tensor, truth: Tensor, row: Row, verdict: Verdict
-) -> None:
+def _compare(name: str, got: Tensor, peer: Tensor, truth: Tensor, verdict: Verdict) -> None:
     """Applies the tests' own policy: at most twice the peer's error and two roundings."""
-    ours, theirs = testing.errors(got, truth), testing.errors(peer, truth)
-    eps = torch.finfo(row.dtype).eps
-    verdict.errors[name] = {"ours": ours, "peer": theirs}
-    for kind, error, other in zip(("max", "rms"), ours, theirs, strict=True):
-        if not error <= 2 * other + 2 * eps:
-            verdict.flags.append("wrong")
-            verdict.notes.append(f"{name}: {kind} error {error:.1e}, peer {other:.1e}")
+    ours, theirs = testing.error(got, truth), testing.error(peer, truth)
+    allowed = testing.bound([theirs], got.dtype)
+    verdict.errors[name] = {
+        "ours": asdict(ours),
+        "peer": asdict(theirs),
+        "allowed": asdict(allowed),
+    }
+    if not (ours.largest <= allowed.largest and ours.rms <= allowed.rms):
+        verdict.flags.append("wrong")
+        verdict.notes.append(f"{name}: error {ours}, allowed {allowed}")
     if mostly_zero(got, truth):
         verdict.flags.append("zeros")

@@ -22,11 +22,18 @@ _SHORTEST_SAMPLE = 3e-3  # seconds; shorter calls are repeated within a sample
 
 @dataclass(frozen=True)
 class Budget:
-    """How long one row is sampled."""
+    """How long one mode of one row is sampled.
+
+    Rounds go on for `seconds`, and beyond that to `least`, or to three where a round is slow.
+    """
 
     seconds: float
-    least: int  # rounds
+    least: int
     most: int
+
+    def spent(self, rounds: int, seconds: float) -> bool:
+        enough = self.least if seconds < 3 * self.seconds else min(self.least, 3)
+        return rounds >= self.most or (rounds >= enough and seconds > self.seconds)
 
 
 class CpuClock:
@@ -97,11 +104,10 @@ def sample(
     found: dict[str, Samples] = {c.name: {phase: [] for phase in phases} for c in contestants}
     with _quiet(), torch.set_grad_enabled(mode == "step"):
         repeats = {c.name: _repeats(measure, c) for c in contestants}
-        stop = time.perf_counter() + budget.seconds
-        for turn in range(budget.most):
-            if turn >= budget.least and time.perf_counter() > stop:
-                break
-            first = turn % len(contestants)
+        started, rounds = time.perf_counter(), 0
+        while not budget.spent(rounds, time.perf_counter() - started):
+            first = rounds % len(contestants)
+            rounds += 1
             for contestant in (*contestants[first:], *contestants[:first]):
                 if repeats[contestant.name] > 1:
                     measure(contestant, 1)  # the caches hold the contestant before
@@ -134,14 +140,13 @@ def _repeats(
     measure: Callable[[Contestant, int], tuple[float, ...]], contestant: Contestant
 ) -> int:
     measure(contestant, 1)  # first calls choose kernels and fill caches
-    once = min(measure(contestant, 1)[0], measure(contestant, 2)[0])
+    once = measure(contestant, 1)[0]
     return max(1, math.ceil(_SHORTEST_SAMPLE / max(once, 1e-9)))
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """No garbage collection in the middle of a sample."""
-    gc.collect()
     gc.disable()
     try:
         yield

@@ -66,7 +66,8 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], 
 
 
 def _path(folder: Path) -> str:
-    return os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
+    package = Path(_aot.__file__).parents[1]
+    return os.pathsep.join([str(folder), str(package)])
 
 
 @pytest.mark.slow

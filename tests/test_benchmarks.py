@@ -254,6 +254,21 @@ def test_scaling_measures_one_thread_and_all():
     assert set(found[row.id]) == {"1", "2"}
 
 
+@pytest.mark.parametrize(
+    ("rounds", "seconds", "spent"),
+    [
+        pytest.param(2, 9.0, False, id="too-few"),
+        pytest.param(3, 9.0, True, id="slow-rounds"),
+        pytest.param(3, 2.0, False, id="below-the-least"),
+        pytest.param(5, 2.0, True, id="time-is-up"),
+        pytest.param(9, 0.5, False, id="time-is-left"),
+        pytest.param(10, 0.5, True, id="most"),
+    ],
+)
+def test_budget(rounds, seconds, spent):
+    assert Budget(seconds=1.0, least=5, most=10).spent(rounds, seconds) is spent
+
+
 def test_rounds_start_with_another_contestant_each():
     order = []
     row = _row(_eager)

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -13,8 +14,10 @@ pytest.importorskip("typer")
 
 from typer.testing import CliRunner
 
+import udlkernels
 from udlkernels.cli import app, main
 
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(udlkernels.__file__).parents[1])}
 COMMANDS = ["doctor", "bench", "kernels", "explain", "models", "train"]
 runner = CliRunner()
 
@@ -48,13 +51,13 @@ def test_help_does_not_import_torch():
         "    pass\n"
         "sys.exit('torch' in sys.modules)\n"
     )
-    assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL).returncode == 0
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, stdout=subprocess.DEVNULL, env=ENVIRONMENT)
+    assert done.returncode == 0
 
 
 def test_version():
-    from udlkernels import __version__
-
-    assert _invoke("--version").output.strip() == __version__
+    assert _invoke("--version").output.strip() == udlkernels.__version__
 
 
 def test_doctor_json():
@@ -137,7 +140,7 @@ def test_unknown_option_is_a_usage_error():
 def test_bench_refuses_an_unknown_row(tmp_path):
     command = [sys.executable, "-m", "udlkernels", "bench", "--row", "rms_norm/none/fp32"]
     done = subprocess.run(
-        [*command, "--out", str(tmp_path)], capture_output=True, text=True, env={**os.environ}
+        [*command, "--out", str(tmp_path)], capture_output=True, text=True, env=ENVIRONMENT
     )
     assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1].startswith("[bench] row: expected an id")
