@@ -303,9 +303,18 @@ UDL_PACK_OPERATOR(*)
 UDL_PACK_OPERATOR(/)
 #undef UDL_PACK_OPERATOR
 
+// The pack as a rounded result: keeps the compiler from fusing the product that made it into a
+// following sum.
 template <class A>
-UDL_INLINE Pack<A> splat_pack(A value) {
-  return {splat<A>(value), splat<A>(value)};
+UDL_INLINE Pack<A> rounded(Pack<A> p) {
+#if defined(UDL_AVX512)
+  __asm__("" : "+v"(p.a), "+v"(p.b));
+#elif defined(UDL_X86)
+  __asm__("" : "+x"(p.a), "+x"(p.b));
+#elif defined(__aarch64__)
+  __asm__("" : "+w"(p.a), "+w"(p.b));
+#endif
+  return p;
 }
 
 // How many of the first n elements of a pack of T lie in `a` and in `b`.

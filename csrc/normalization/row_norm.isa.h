@@ -279,7 +279,8 @@ void backward_rows(const RowNormBackward& args, int64_t first, int64_t ahead,
       if (kSums) dw = dw + keep<T>(d * x_hat, tag);
       if (kSums && kCenter) db = db + d;
       if (row.dx == nullptr) continue;
-      const Pack<A> g = kWeight ? d * w : d;
+      // Rounded, so that it cancels against its own mean where a row has one element.
+      const Pack<A> g = kWeight ? rounded(d * w) : d;
       Pack<A> out = ((kCenter ? g - row.g_mean : g) - x_hat * row.h_mean) * row.rstd;
       if (row.ds != nullptr) out = out + load_pack(row.ds + i, tag);
       store_pack(row.dx + i, out, tag);

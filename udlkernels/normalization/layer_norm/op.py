@@ -44,9 +44,9 @@ def layer_norm(
         ArgumentError: an unknown `implementation`, or one that cannot serve.
         RuntimeError, NotImplementedError, TypeError: as torch.nn.functional.layer_norm.
 
-    Numerical error: two passes (mean, then squares around it) in float32, or float64 for float64: no
-    cancellation, however large the mean. A row whose squares overflow although its values are finite
-    is redone scaled by its largest value.
+    Numerical error: two passes (mean, then squares around it) in float32, or float64 for
+    float64: no cancellation, however large the mean. A row whose squares overflow although its
+    values are finite is redone scaled by its largest value.
 
     Source: section 11.4 and 12.4; Ba, Kiros and Hinton, 2016, "Layer Normalization".
     """
@@ -234,14 +234,14 @@ class _AddLayerNorm(torch.autograd.Function):
         need_dweight, need_dbias = ctx.needs_input_grad[2:4]
         dweight = dbias = None
         if dy is None:
-            d_s, d_x = ds, dropout(ds, dropout_p, seed, n)
+            d_s, d_x = ds, None if ds is None else dropout(ds, dropout_p, seed, n)
         elif torch.is_grad_enabled():
             wanted = True, need_dweight, need_dbias
             d_s, dweight, dbias = _dispatch.differentiate(
                 _row_formula(n, eps), (s, weight, bias), wanted, (dy,)
             )
             d_s = d_s if ds is None else d_s + ds
-            d_x = dropout(d_s, dropout_p, seed, n)
+            d_x = None if d_s is None else dropout(d_s, dropout_p, seed, n)
         else:
             d_s, d_x, dweight, dbias = _ADD_BWD(
                 dy, ds, s, weight, bias, stats, n, dropout_p, seed, need_dweight, need_dbias

@@ -51,8 +51,8 @@ def rms_norm(
         ArgumentError: unknown `cast` or `implementation`, or an implementation that cannot serve.
         RuntimeError, NotImplementedError, TypeError: as torch.nn.functional.rms_norm.
 
-    Numerical error: computed in float32 (float64 for float64). A row whose squares overflow although
-    its values are finite is redone scaled by its largest value.
+    Numerical error: computed in float32 (float64 for float64). A row whose squares overflow
+    although its values are finite is redone scaled by its largest value.
 
     Source: Zhang and Sennrich, 2019, "Root Mean Square Layer Normalization".
     """
@@ -271,13 +271,13 @@ class _AddRMSNorm(torch.autograd.Function):
         need_dweight = ctx.needs_input_grad[2]
         if dy is None:
             d_s, dweight = ds, None
-            d_x = dropout(ds, dropout_p, seed, n)
+            d_x = None if ds is None else dropout(ds, dropout_p, seed, n)
         elif torch.is_grad_enabled():
             formula = _row_formula(n, eps, offset, before)
             wanted = True, need_dweight
             d_s, dweight = _dispatch.differentiate(formula, (s, weight), wanted, (dy,))
             d_s = d_s if ds is None else d_s + ds
-            d_x = dropout(d_s, dropout_p, seed, n)
+            d_x = None if d_s is None else dropout(d_s, dropout_p, seed, n)
         else:
             d_s, d_x, dweight = _ADD_BWD(
                 dy, ds, s, weight, rstd, n, offset, dropout_p, seed, need_dweight
