@@ -85,7 +85,7 @@ def assert_rows_independent(
 
 
 def assert_opcheck(op: Any, args: tuple[Any, ...]) -> None:
-    """torch.library.opcheck on tensors that need no gradient (ours lies in an autograd.Function)."""
+    """torch.library.opcheck; gradients are not its business, they lie in an autograd.Function."""
     torch.library.opcheck(op.default, args)
 
 

@@ -1,4 +1,4 @@
-"""layer_norm and add_layer_norm: values, gradients, layouts, compilation, determinism, bad input."""
+"""layer_norm and add_layer_norm: values, gradients, layouts, compilation, determinism, errors."""
 
 from __future__ import annotations
 
@@ -132,12 +132,13 @@ def test_add_layer_norm(backend, dtype, dropout_p):
     for shape in [(5, 40)] if backend.small else [(5, 40), (130, 65), (3, 5001)]:
         x, w, b = _inputs(shape, dtype, backend.device)
         residual = testing.make(shape, dtype, device=backend.device, layout="sliced", seed=9)
-        n = shape[-1:]
         testing.compare(
             lambda x, r, w, b: U.add_layer_norm(
-                x, r, n, w, b, dropout_p=dropout_p, seed=seed, implementation="kernel"
+                x, r, x.shape[-1:], w, b, dropout_p=dropout_p, seed=seed, implementation="kernel"
             ),
-            lambda x, r, w, b: reference.add_layer_norm(x, r, n, w, b, 1e-5, dropout_p, seed),
+            lambda x, r, w, b: reference.add_layer_norm(
+                x, r, x.shape[-1:], w, b, 1e-5, dropout_p, seed
+            ),
             [],
             [x, residual, w, b],
         )

@@ -134,14 +134,13 @@ def test_add_rms_norm(backend, dtype, dropout_p, weight_offset):
     for shape in [(5, 40)] if backend.small else [(5, 40), (130, 65), (3, 5001)]:
         x, w = _inputs(shape, dtype, backend.device)
         residual = testing.make(shape, dtype, device=backend.device, layout="sliced", seed=9)
-        n = shape[-1:]
         testing.compare(
             lambda x, r, w: U.add_rms_norm(
-                x, r, n, w, eps=EPS, dropout_p=dropout_p, seed=seed, weight_offset=weight_offset,
+                x, r, x.shape[-1:], w, eps=EPS, dropout_p=dropout_p, seed=seed, weight_offset=weight_offset,
                 implementation="kernel",
             ),
             lambda x, r, w: reference.add_rms_norm(
-                x, r, n, w, EPS, dropout_p, seed, weight_offset
+                x, r, x.shape[-1:], w, EPS, dropout_p, seed, weight_offset
             ),
             [],
             [x, residual, w],

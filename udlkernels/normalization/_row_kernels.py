@@ -208,7 +208,7 @@ def row_means_kernel(
     for start in range(0, n_cols, BLOCK_COLS):
         at = start + tl.arange(0, BLOCK_COLS)
         mask = (at < n_cols)[None, :]
-        dy, g, x_hat = _gradient_tile(
+        _, g, x_hat = _gradient_tile(
             dy_ptr, x_ptr, weight_ptr, row, at, n_cols, mask, dy_stride, x_stride, mean, rstd,
             WEIGHT_OFFSET, ACC, WEIGHT,
         )  # fmt: skip
