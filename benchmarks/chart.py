@@ -32,7 +32,7 @@ def draw(rows: Sequence[Measured], path: Path) -> bool:
     if compiled:
         where, values = zip(*compiled, strict=True)
         left.plot(values, where, "D", color="black", markersize=4, label="against torch.compile")
-        left.legend(loc="lower right")
+        figure.legend(loc="outside lower left", frameon=False)
     for i, value in enumerate(eager):
         left.annotate(f" {value:.1f}x", (max(value, 1), i), va="center", fontsize=8)
     left.axvline(1, color="black", linewidth=0.8)
@@ -42,8 +42,7 @@ def draw(rows: Sequence[Measured], path: Path) -> bool:
     left.invert_yaxis()
     left.set_title("speed-up over eager PyTorch, geometric mean over shapes")
     right.barh(places, [100 * bar[3] for bar in bars], color=_SHARE)
-    right.set_xlim(0, 100)
-    right.set_title("% of this machine's copy speed")
+    right.set_title("% of a copy's speed, same bytes, same rounds")
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part.png")
     figure.savefig(part, dpi=120)
@@ -64,6 +63,6 @@ def _bars(rows: Sequence[Measured]) -> list[tuple[str, float, float | None, floa
             peer: [r[0] for m in members if (r := m.ratio(peer))] for peer in (EAGER, COMPILED)
         }
         compiled = geometric_mean(ratios[COMPILED]) if ratios[COMPILED] else None
-        share = geometric_mean([member.share or 1e-9 for member in members])
+        share = geometric_mean([member.share for member in members if member.share])
         bars.append((name, geometric_mean(ratios[EAGER]), compiled, share))
     return bars

@@ -79,6 +79,22 @@ class Contestant:
         }
 
 
+class Copy:
+    """The ceiling as a contestant: as many bytes, copied into memory allocated for the call.
+
+    Sampled in the same rounds, it meets the same caches and the same heap as the ops do.
+    """
+
+    name = "copy"
+
+    def __init__(self, row: Row, device: torch.device) -> None:
+        cost = row.benchmark.cost(row.shape, row.dtype)
+        halves = [cost.bytes(phase) // 2 // 4 for phase in ("forward", "backward")]  # float32
+        read, other = (torch.ones(size, device=device) for size in halves)
+        self.call = read.clone
+        self.backward = lambda outputs: other.clone()
+
+
 def _tensor(
     spec: Input, shape: Shape, dtype: torch.dtype, device: torch.device, generator: torch.Generator
 ) -> Tensor:

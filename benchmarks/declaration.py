@@ -160,6 +160,10 @@ class Case:
         layout = {None: "", "contiguous": " NCHW", "channels_last": " channels-last"}[self.layout]
         return f"{self.op} {self.phase} {DTYPE_NAMES[self.dtype]}{layout}"
 
+    def covers(self, op: str, phase: str, dtype: str, layout: str) -> bool:
+        wanted = (self.op, self.phase, DTYPE_NAMES[self.dtype])
+        return wanted == (op, phase, dtype) and self.layout in (None, layout)
+
 
 @dataclass(frozen=True)
 class OverheadCase:

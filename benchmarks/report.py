@@ -36,7 +36,7 @@ def show(run: Run, results: Sequence[Outcome]) -> None:
         print(f"{sum(bool(o.passed) for o in asked)} of {len(asked)} cases met")
 
 
-ROW_COLUMNS = ("row", "ours", "GB/s", "ceiling", "eager", "compile", "memory", "")
+ROW_COLUMNS = ("row", "ours", "GB/s", "copy", "cached", "eager", "compile", "memory", "")
 CASE_COLUMNS = ("case", "goal", "measured", "worst", "compile", "rows", "", "")
 
 
@@ -45,7 +45,7 @@ def _row_line(row: Measured) -> Line:
     seconds = row.seconds()
     if seconds is None or not (row.counts or row.fell_back):
         reason = ", ".join([*row.flags, *row.notes]) or "not measured"
-        return [name, Cell("-", _BAD), "", "", "", "", "", Cell(reason, _BAD)]
+        return [name, Cell("-", _BAD), *[""] * 6, Cell(reason, _BAD)]
     notes = list(row.notes)
     if row.fell_back:
         notes.insert(0, "auto took PyTorch's op: counts for nothing")
@@ -53,7 +53,8 @@ def _row_line(row: Measured) -> Line:
         name,
         duration(seconds),
         f"{row.bytes / seconds / 1e9:.1f}" if row.floor else "",
-        f"{row.share:.0%}" if row.share else "",
+        _percent(row.share),
+        _percent(row.cached_share),
         _ratio(row, EAGER),
         _ratio(row, COMPILED),
         _memory(row),
@@ -73,6 +74,10 @@ def _case_line(outcome: Outcome) -> Line:
         verdict[outcome.passed],
         outcome.note,
     ]
+
+
+def _percent(share: float | None) -> str:
+    return f"{share:.0%}" if share else ""
 
 
 def _ratio(row: Measured, peer: str) -> Cell:

@@ -6,7 +6,7 @@ import json
 import os
 import statistics
 import tempfile
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from .timing import ratio_interval
 OURS = "ours"
 EAGER = "eager"
 COMPILED = "compile"
+COPY = "copy"
 # A speed is believed only down to this share of the time that the ceilings allow.
 SUSPECT_BELOW = 1 / 1.15
 
@@ -23,8 +24,8 @@ SUSPECT_BELOW = 1 / 1.15
 class Measured:
     """One row and phase.
 
-    `floor` is the time at the copy ceiling; `least` the shortest that can be believed, at the best
-    bandwidth of any kind. `flags` says why a speed does not count.
+    `floor` is the time at the best copy ceiling, `least` the shortest that can be believed, at the
+    best bandwidth of any kind. `flags` says why a speed does not count.
     """
 
     id: str
@@ -69,9 +70,15 @@ class Measured:
 
     @property
     def share(self) -> float | None:
-        """Of the ceiling: 1 is the machine's copy speed, or its dense product's."""
+        """Of the ceiling: 1 is as fast as a copy of as many bytes, allocated and timed alike."""
+        seconds, copy = self.seconds(), self.seconds(COPY)
+        return copy / seconds if seconds and copy else None
+
+    @property
+    def cached_share(self) -> float | None:
+        """Of the higher ceiling of buffers that stay where they are, or of the dense product's."""
         seconds = self.seconds()
-        return self.floor / seconds if seconds else None
+        return self.floor / seconds if seconds and self.floor else None
 
     def judge(self) -> None:
         """Adds the flag of a time that cannot be true."""
@@ -93,20 +100,15 @@ class Run:
 
     def to_json(self) -> str:
         """Everything, raw samples included, and the figures drawn from them."""
-        rows = [
-            {**asdict(row), "seconds": _medians(row), "ratio": _ratios(row), "share": row.share}
-            for row in self.rows
-        ]
+        rows = [asdict(row) | _derived(row) for row in self.rows]
         return json.dumps({**asdict(self), "rows": rows}, indent=1)
 
 
 def read_rows(path: Path) -> list[Measured]:
     """The rows of a file that `Run.to_json` wrote."""
-    derived = ("seconds", "ratio", "share")
-    return [
-        Measured(**{name: value for name, value in row.items() if name not in derived})
-        for row in json.loads(path.read_text())["rows"]
-    ]
+    names = [field.name for field in fields(Measured)]
+    found = json.loads(path.read_text())["rows"]
+    return [Measured(**{name: row[name] for name in names}) for row in found]
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -122,9 +124,11 @@ def write_atomically(path: Path, text: str) -> None:
         raise
 
 
-def _medians(row: Measured) -> dict[str, float]:
-    return {name: statistics.median(values) for name, values in row.samples.items() if values}
-
-
-def _ratios(row: Measured) -> dict[str, tuple[float, float, float] | None]:
-    return {name: row.ratio(name) for name in row.samples if name != OURS}
+def _derived(row: Measured) -> dict[str, Any]:
+    peers = [name for name in row.samples if name not in (OURS, COPY)]
+    return {
+        "seconds": {name: row.seconds(name) for name in row.samples},
+        "ratio": {name: row.ratio(name) for name in peers},
+        "share": row.share,
+        "cached_share": row.cached_share,
+    }

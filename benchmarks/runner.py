@@ -11,13 +11,13 @@ import torch
 
 from . import gate
 from .ceilings import Ceilings
-from .contestant import Arguments, Contestant, copied, draw
+from .contestant import Arguments, Contestant, Copy, copied, draw
 from .declaration import DTYPE_NAMES, Row
 from .environment import allocator
 from .memory import peak_extra
 from .results import COMPILED, OURS, Measured
 from .settings import Plan
-from .timing import Budget, CpuClock, CudaClock, sample
+from .timing import Budget, CpuClock, CudaClock, Timed, sample
 
 Progress = Callable[[str], None]
 
@@ -86,7 +86,10 @@ class Runner:
             memory = {}
             if row.shape.group != "overhead":
                 memory = {c.name: peak_extra(whole(c, mode), self.device) for c in contestants}
-        samples = sample(contestants, mode, self.clock, self.budget)
+        timed: list[Timed] = [*contestants]
+        if row.shape.group != "overhead":
+            timed.append(Copy(row, self.device))
+        samples = sample(timed, mode, self.clock, self.budget)
         for measured in wanted:
             for name, phases in samples.items():
                 measured.samples[name] = phases[measured.phase]

@@ -12,7 +12,7 @@ import torch
 from udlkernels._errors import ArgumentError
 
 from . import benchmarks, cases
-from .declaration import DTYPES, PHASES, Row
+from .declaration import DTYPE_NAMES, DTYPES, PHASES, Row
 from .timing import Budget
 
 EXAMPLES = """examples:
@@ -44,9 +44,9 @@ class Settings:
     def budget(self) -> Budget:
         """For one mode of one row."""
         if self.rows:
-            return Budget(seconds=1.0, least=15, most=200)
+            return Budget(seconds=0.5, least=9, most=100)
         if self.full:
-            return Budget(seconds=0.2, least=7, most=60)
+            return Budget(seconds=0.15, least=7, most=50)
         return Budget(seconds=0.08, least=5, most=30)
 
 
@@ -105,17 +105,30 @@ def plan(settings: Settings) -> Plan:
         for dtype in wanted or benchmark.dtypes
         if shape.group == "model" or dtype == torch.float32
     ]
-    if not settings.compile:
-        return Plan(rows)
-    goals, _ = cases(settings.selection)
-    forward = {case.op for case in goals if case.phase == "forward"}
+    return Plan(rows, _compiled(rows, settings, only_op=len(chosen) == 1))
+
+
+def _compiled(rows: list[Row], settings: Settings, only_op: bool) -> set[tuple[str, str]]:
+    """Which rows meet torch.compile, and in which mode: each costs a second or two of compiling.
+
+    In the quick run the first with a goal. In the full run of one op all of them; of a family,
+    those that a goal names, and every float32 step.
+    """
     model = [row for row in rows if row.shape.group == "model" and row.benchmark.peers[0].compiled]
-    if not settings.full:
-        return Plan(rows, {(row.id, "step") for row in model[:1]})
-    compiled = {(row.id, "step") for row in model}
-    return Plan(
-        rows, compiled | {(row.id, "forward") for row in model if row.benchmark.op in forward}
-    )
+    if not settings.compile:
+        return set()
+    goals, _ = cases(settings.selection)
+    found: set[tuple[str, str]] = set()
+    for row in model:
+        named = (row.benchmark.op, DTYPE_NAMES[row.dtype], row.shape.layout)
+        for mode in ("forward", "step"):
+            asked = any(case.covers(named[0], mode, *named[1:]) for case in goals)
+            rest = settings.full and mode == "step" and (only_op or row.dtype == torch.float32)
+            if asked or rest:
+                found.add((row.id, mode))
+            if asked and not settings.full:
+                return found
+    return found
 
 
 def _named(settings: Settings) -> Plan:

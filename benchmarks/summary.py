@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from .declaration import DTYPE_NAMES, Benchmark, Case, OverheadCase
+from .declaration import Benchmark, Case, OverheadCase
 from .results import COMPILED, EAGER, OURS, Measured
 from .timing import geometric_mean
 
@@ -64,9 +64,7 @@ def _matching(rows: Sequence[Measured], case: Case) -> list[Measured]:
     return [
         row
         for row in rows
-        if (row.op, row.phase, row.dtype) == (case.op, case.phase, DTYPE_NAMES[case.dtype])
-        and row.group == "model"
-        and case.layout in (None, row.layout)
+        if row.group == "model" and case.covers(row.op, row.phase, row.dtype, row.layout)
     ]
 
 
@@ -77,9 +75,12 @@ def _speed(case: Case, rows: Sequence[Measured]) -> Outcome | None:
     broken = [row for row in rows if not row.counts and not row.fell_back]
     ratios = {row.shape: _first(row.ratio()) for row in counted}
     compiled = [_first(row.ratio(COMPILED)) for row in counted if row.ratio(COMPILED)]
-    mean, share = geometric_mean([*ratios.values()]), geometric_mean([*map(_share, counted)])
+    mean = geometric_mean([*ratios.values()])
+    share = geometric_mean([row.share for row in counted if row.share])
     worst = min(ratios, key=ratios.__getitem__, default="")
-    slow = [r.shape for r in counted if ratios[r.shape] < 1 and _share(r) < PASSING_SHARE]
+    slow = [
+        row.shape for row in counted if ratios[row.shape] < 1 and (row.share or 0.0) < PASSING_SHARE
+    ]
     reached = case.goal is None or mean >= case.goal or (case.share or 9.0) <= share
     beaten = not compiled or geometric_mean(compiled) >= 1
     goal = "" if case.goal is None else f"{case.goal:g}x"
@@ -186,7 +187,3 @@ def _scaling(scaling: Mapping[str, Mapping[str, float]]) -> Outcome | None:
 
 def _first(ratio: tuple[float, float, float] | None) -> float:
     return ratio[0] if ratio else float("nan")
-
-
-def _share(row: Measured) -> float:
-    return row.share or 0.0

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from .contestant import Contestant
+from .contestant import Contestant, Copy
 
+Timed = Contestant | Copy
 Samples = dict[str, list[float]]  # seconds per call, by phase
 _L2_FLUSH_BYTES = 256 << 20
 _SHORTEST_SAMPLE = 3e-3  # seconds; shorter calls are repeated within a sample
@@ -37,14 +38,14 @@ class Budget:
 
 
 class CpuClock:
-    def forward(self, contestant: Contestant, repeats: int) -> tuple[float]:
+    def forward(self, contestant: Timed, repeats: int) -> tuple[float]:
         call, now = contestant.call, time.perf_counter
         started = now()
         for _ in range(repeats):
             call()
         return ((now() - started) / repeats,)
 
-    def step(self, contestant: Contestant, repeats: int) -> tuple[float, float]:
+    def step(self, contestant: Timed, repeats: int) -> tuple[float, float]:
         """Seconds of the whole, and of the backward in it; freeing the results is part of both."""
         call, differentiate, now = contestant.call, contestant.backward, time.perf_counter
         backward = 0.0
@@ -64,10 +65,10 @@ class CudaClock:
     def __init__(self, device: torch.device) -> None:
         self.flush = torch.empty(_L2_FLUSH_BYTES, dtype=torch.int8, device=device)
 
-    def forward(self, contestant: Contestant, repeats: int) -> tuple[float]:
+    def forward(self, contestant: Timed, repeats: int) -> tuple[float]:
         return (self._mean(lambda: (contestant.call(),), repeats, 1)[0],)
 
-    def step(self, contestant: Contestant, repeats: int) -> tuple[float, float]:
+    def step(self, contestant: Timed, repeats: int) -> tuple[float, float]:
         def stages() -> Iterator[Any]:
             outputs = contestant.call()
             yield outputs
@@ -93,7 +94,7 @@ class CudaClock:
 
 
 def sample(
-    contestants: Sequence[Contestant], mode: str, clock: CpuClock | CudaClock, budget: Budget
+    contestants: Sequence[Timed], mode: str, clock: CpuClock | CudaClock, budget: Budget
 ) -> dict[str, Samples]:
     """Samples all contestants in turn, each round starting with another one.
 
@@ -136,9 +137,7 @@ def geometric_mean(values: Sequence[float]) -> float:
     return math.exp(sum(map(math.log, values)) / len(values)) if values else math.nan
 
 
-def _repeats(
-    measure: Callable[[Contestant, int], tuple[float, ...]], contestant: Contestant
-) -> int:
+def _repeats(measure: Callable[[Timed, int], tuple[float, ...]], contestant: Timed) -> int:
     measure(contestant, 1)  # first calls choose kernels and fill caches
     once = measure(contestant, 1)[0]
     return max(1, math.ceil(_SHORTEST_SAMPLE / max(once, 1e-9)))

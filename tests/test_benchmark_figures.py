@@ -18,7 +18,7 @@ from udlkernels.benchmarks.timing import geometric_mean, ratio_interval
 ALL = benchmarks()
 
 
-def _measured(ours=(1.0,), eager=(2.0,), **changes):
+def _measured(ours=(1.0,), eager=(2.0,), copy=(0.5,), **changes):
     """A row of rms_norm with the samples given."""
     row = Measured(
         id="rms_norm/gpt2-8x8/fp32/step",
@@ -33,7 +33,7 @@ def _measured(ours=(1.0,), eager=(2.0,), **changes):
         flops=0,
         floor=0.5,
         least=0.5,
-        samples={"ours": list(ours), "eager": list(eager)},
+        samples={"ours": list(ours), "eager": list(eager), "copy": list(copy)},
         memory={"ours": 1, "eager": 2},
     )
     return dataclasses.replace(row, **changes)
@@ -101,17 +101,17 @@ def _outcome(rows, *, goal=None, share=None, **options):
     ],
 )
 def test_case_wants_the_mean_and_no_slower_shape(ratios, goal, passed):
-    rows = [_measured(eager=[r], shape=str(i), floor=0.1) for i, r in enumerate(ratios)]
+    rows = [_measured(eager=[r], shape=str(i), copy=[0.1]) for i, r in enumerate(ratios)]
     assert _outcome(rows, goal=goal).passed is passed
 
 
 def test_shape_at_the_ceiling_passes_whatever_its_ratio():
-    rows = [_measured(eager=[0.9], floor=0.9), _measured(eager=[100.0], shape="b", floor=0.1)]
+    rows = [_measured(eager=[0.9], copy=[0.9]), _measured(eager=[100.0], shape="b", copy=[0.1])]
     assert _outcome(rows, goal=4.0).passed
 
 
 def test_share_of_the_ceiling_is_the_other_way_to_a_goal():
-    row = _measured(eager=[1.1], floor=0.9)
+    row = _measured(eager=[1.1], copy=[0.9])
     assert _outcome([row], goal=1.5, share=0.85).passed
     assert not _outcome([row], goal=1.5).passed
 
@@ -213,11 +213,12 @@ def test_history_keeps_rows_that_count_only():
 
 
 def test_json_holds_raw_samples_and_is_read_back(tmp_path):
-    row = _measured(ours=[1.0, 1.5], eager=[2.0, 3.0])
+    row = _measured(ours=[1.0, 1.5], eager=[2.0, 3.0], copy=[0.5, 0.5])
     run = Run(environment.describe(torch.device("cpu")), {}, {}, [row])
     write_atomically(tmp_path / "bench.json", run.to_json())
     found = json.loads((tmp_path / "bench.json").read_text())
     assert found["rows"][0]["samples"] == row.samples
+    assert list(found["rows"][0]["ratio"]) == ["eager"]
     assert found["rows"][0]["ratio"]["eager"][0] == 2.0
     for fact in ("torch", "processor", "commit", "isa", "allocator", "threads", "torch_flags"):
         assert fact in found["environment"]

@@ -206,7 +206,7 @@ def test_no_speed_is_kept_of_a_wrong_kernel():
 
 
 def test_impossible_speed_is_flagged_by_the_runner():
-    row = _row(torch.nn.functional.silu, cost=Cost(1 << 40, 1 << 40))
+    row = _row(torch.nn.functional.silu, cost=Cost(1 << 28, 1 << 28))
     found = {m.phase: m for m in Runner(Plan([row]), CPU, ONCE).run()}
     assert all("suspect" in measured.flags for measured in found.values())
 
@@ -227,7 +227,7 @@ def test_runner_measures_every_phase_of_every_contestant():
     found = {m.phase: m for m in Runner(Plan([row]), CPU, ONCE).run()}
     assert list(found) == ["forward", "backward", "step"]
     for measured in found.values():
-        assert set(measured.samples) == {"ours", "eager"}
+        assert set(measured.samples) == {"ours", "eager", "copy"}
         assert all(len(values) == 3 for values in measured.samples.values())
     assert found["step"].memory["eager"] > found["step"].memory["ours"] > 0
     assert found["step"].seconds() > found["backward"].seconds() > 0
