@@ -1,0 +1,302 @@
+// group_norm where a group's values lie side by side: statistics and result group by group, while
+// the group stays in the cache.
+#include "normalization/group_norm.isa.h"
+#include "transpose.isa.h"
+
+namespace udl::UDL_ISA {
+namespace {
+
+// Values whose sum and squares are taken together, in two passes over the L1 cache, and then merged.
+constexpr int64_t kBlock = 4096;
+
+UDL_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+template <class T>
+void add_block(Moments& moments, const T* x, int64_t n, const T* y) {
+  using A = acc_t<T>;
+  const A mean = sum_packs<T>(n,
+                              [=](int64_t i, auto tag) UDL_LAMBDA {
+                                prefetch_pack_write(y + i);
+                                return load_pack(x + i, tag);
+                              }) /
+                 static_cast<A>(n);
+  Pack<A> sum{}, squares{};
+  for_packs<T>(n, [&sum, &squares, x, mean](int64_t i, auto tag) UDL_LAMBDA {
+    const Pack<A> d = keep<T>(load_pack(x + i, tag) - mean, tag);
+    sum = sum + d;
+    squares = squares + d * d;
+  });
+  // What rounding left in the mean goes into it now, and out of the squares.
+  const double rest = static_cast<double>(sum_lanes(sum.a + sum.b)) / static_cast<double>(n);
+  const double m2 = static_cast<double>(sum_lanes(squares.a + squares.b)) - rest * rest * n;
+  moments.add(static_cast<double>(n), static_cast<double>(mean) + rest, m2 < 0 ? 0 : m2);
+}
+
+// A stretch of one channel, or of a residual or gradient at the same place.
+template <class T>
+struct Stretch {
+  const T *x, *residual, *ahead;
+  T* y;
+  int64_t n;
+};
+template <class A>
+struct Affine {
+  A mean, scale, shift;
+};
+
+// Of channel c of sample n, in the group whose statistics stand at `index`.
+template <class A, class Args>
+UDL_INLINE Affine<A> affine_of(const Args& args, int64_t index, int64_t n, int64_t c) {
+  const A scale = static_cast<const A*>(args.rstd)[index] *
+                  parameter<A>(args.weight, args.affine_stride, n, c, A(1));
+  return {static_cast<const A*>(args.mean)[index], scale,
+          parameter<A>(args.bias, args.affine_stride, n, c, A(0)) -
+              static_cast<const A*>(args.rest)[index] * scale};
+}
+
+template <class T>
+UDL_INLINE Pack<acc_t<T>> normalise(Pack<acc_t<T>> x, const Affine<acc_t<T>>& affine) {
+  return (x - affine.mean) * affine.scale + affine.shift;
+}
+
+template <class T>
+void write_stretch(const Stretch<T>& s, const Affine<acc_t<T>>& affine) {
+  for_packs<T>(s.n, [=](int64_t i, auto tag) UDL_LAMBDA {
+    prefetch_pack(s.ahead + i);
+    store_pack(s.y + i, normalise<T>(load_pack(s.x + i, tag), affine), tag);
+  });
+}
+
+// norm(x) + residual of at most kScratch values.
+template <class T>
+void fill_scratch(const Stretch<T>& s, int64_t first, int64_t n, const Affine<acc_t<T>>& affine,
+                  acc_t<T>* scratch) {
+  const T* x = s.x + first;
+  if (s.residual == nullptr) {
+    for_packs<T>(n, [=](int64_t i, auto tag) UDL_LAMBDA {
+      store_ordered<T>(scratch + i, normalise<T>(load_pack(x + i, tag), affine));
+    });
+  } else {
+    const T* residual = s.residual + first;
+    for_packs<T>(n, [=](int64_t i, auto tag) UDL_LAMBDA {
+      store_ordered<T>(scratch + i, normalise<T>(load_pack(x + i, tag), affine) +
+                                        load_pack(residual + i, tag));
+    });
+  }
+}
+
+template <class T>
+void write_activated(const GroupNormSizes& args, const Stretch<T>& s,
+                     const Affine<acc_t<T>>& affine) {
+  using A = acc_t<T>;
+  A scratch[kScratch];
+  for (int64_t first = 0; first < s.n; first += kScratch) {
+    const int64_t n = least(s.n - first, kScratch);
+    fill_scratch(s, first, n, affine, scratch);
+    activate_block(args, scratch, whole_packs<T>(n));
+    T* y = s.y + first;
+    const T* ahead = s.ahead + first;
+    for_packs<T>(n, [=, block = static_cast<const A*>(scratch)](int64_t i, auto tag) UDL_LAMBDA {
+      prefetch_pack(ahead + i);
+      store_pack(y + i, load_ordered<T>(block + i), tag);
+    });
+  }
+}
+
+template <class T>
+void forward_group(const GroupNormForward& args, int64_t n, int64_t g, const T* ahead) {
+  using A = acc_t<T>;
+  const int64_t channels = args.group_channels, first = g * channels;
+  const int64_t size = channels * args.positions, index = n * args.groups + g;
+  const T* x = args.x.at<T>(n, first, 0);
+  T* y = static_cast<T*>(args.y) + (n * args.channels + first) * args.positions;
+  Moments moments;
+  for (int64_t i = 0; i < size; i += kBlock) {
+    add_block(moments, x + i, least(size - i, kBlock), y + i);
+  }
+  finish_statistics<T>(args, n, g, moments);
+  const bool direct = args.act == Activation::identity && args.residual.data == nullptr;
+  for (int64_t k = 0; k < channels; ++k) {
+    const int64_t c = first + k, offset = k * args.positions;
+    const Affine<A> affine = affine_of<A>(args, index, n, c);
+    const T* residual =
+        args.residual.data != nullptr ? args.residual.at<T>(n, c, 0) : nullptr;
+    const Stretch<T> s{x + offset, residual, ahead + offset, y + offset, args.positions};
+    if (direct) {
+      write_stretch(s, affine);
+    } else {
+      write_activated(args, s, affine);
+    }
+  }
+}
+
+// Channels of a block of groups, from lines to planes.
+template <class T>
+void turn_block(const GroupNormSizes& args, const Maps& lines, int64_t n, int64_t first,
+                int64_t last, void* planes) {
+  const int64_t c = first * args.group_channels;
+  lines_to_planes(lines.at<T>(n, c, 0), lines.position, args.positions,
+                  (last - first) * args.group_channels,
+                  static_cast<T*>(planes) + (n * args.channels + c) * args.positions);
+}
+
+template <class T>
+void forward_blocks(const GroupNormForward& args, int64_t begin, int64_t end) {
+  const int64_t blocks = (args.groups + args.block_groups - 1) / args.block_groups;
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t n = unit / blocks, first = unit % blocks * args.block_groups;
+    const int64_t last = least(first + args.block_groups, args.groups);
+    if (args.lines.data != nullptr) turn_block<T>(args, args.lines, n, first, last, args.y);
+    for (int64_t g = first; g < last; ++g) {
+      const bool more = unit + 1 < end && args.lines.data == nullptr;
+      const int64_t next = more ? unit + 1 : unit;
+      const T* ahead =
+          args.x.at<T>(next / args.groups, next % args.groups * args.group_channels, 0);
+      forward_group<T>(args, n, g, more ? ahead : args.x.at<T>(n, g * args.group_channels, 0));
+    }
+  }
+}
+
+template <class A>
+struct ChannelSums {
+  double g = 0, g_deviation = 0;
+};
+
+// Sums over one stretch of g and g * (x - mean), where g = dy.
+template <class T>
+ChannelSums<acc_t<T>> sum_stretch(const T* dy, const T* x, acc_t<T> mean, int64_t size, T* dx) {
+  using A = acc_t<T>;
+  ChannelSums<A> sums;
+  for (int64_t first = 0; first < size; first += kBlock) {
+    Pack<A> s1{}, s2{};
+    for_packs<T>(least(size - first, kBlock),
+                 [&s1, &s2, mean, dy = dy + first, x = x + first, dx = dx + first](
+                     int64_t i, auto tag) UDL_LAMBDA {
+                   prefetch_pack_write(dx + i);
+                   const Pack<A> g = load_pack(dy + i, tag);
+                   s1 = s1 + g;
+                   s2 = s2 + g * keep<T>(load_pack(x + i, tag) - mean, tag);
+                 });
+    sums.g += static_cast<double>(sum_lanes(s1.a + s1.b));
+    sums.g_deviation += static_cast<double>(sum_lanes(s2.a + s2.b));
+  }
+  return sums;
+}
+
+// The same with an activation: g = dy * act'(norm(x) + residual), which is written down.
+template <class T>
+ChannelSums<acc_t<T>> sum_activated(const GroupNormSizes& args, const T* dy, const Stretch<T>& s,
+                                    const Affine<acc_t<T>>& affine) {
+  using A = acc_t<T>;
+  ChannelSums<A> sums;
+  A scratch[kScratch];
+  for (int64_t first = 0; first < s.n; first += kScratch) {
+    const int64_t n = least(s.n - first, kScratch);
+    fill_scratch(s, first, n, affine, scratch);
+    activate_grad_block(args, scratch, whole_packs<T>(n));
+    Pack<A> s1{}, s2{};
+    for_packs<T>(n, [&s1, &s2, mean = affine.mean, dy = dy + first, x = s.x + first,
+                     out = s.y + first, block = static_cast<const A*>(scratch)](
+                        int64_t i, auto tag) UDL_LAMBDA {
+      const Pack<A> g = keep<T>(load_pack(dy + i, tag) * load_ordered<T>(block + i), tag);
+      store_pack(out + i, g, tag);
+      s1 = s1 + g;
+      s2 = s2 + g * keep<T>(load_pack(x + i, tag) - mean, tag);
+    });
+    sums.g += static_cast<double>(sum_lanes(s1.a + s1.b));
+    sums.g_deviation += static_cast<double>(sum_lanes(s2.a + s2.b));
+  }
+  return sums;
+}
+
+template <class T>
+void write_dx(const T* g, const T* x, const T* next_g, const T* next_x, T* dx, int64_t n,
+              acc_t<T> mean, acc_t<T> rstd, acc_t<T> scale, DxFactors<acc_t<T>> factors) {
+  for_packs<T>(n, [=](int64_t i, auto tag) UDL_LAMBDA {
+    prefetch_pack(next_g + i);
+    prefetch_pack(next_x + i);
+    const auto x_hat = (load_pack(x + i, tag) - mean) * rstd;
+    store_pack(dx + i,
+               load_pack(g + i, tag) * scale - x_hat * factors.by_deviation - factors.constant,
+               tag);
+  });
+}
+
+// ahead: the group of the next unit, for prefetching.
+template <class T>
+void backward_group(const GroupNormBackward& args, int64_t n, int64_t g, int64_t next_n,
+                    int64_t next_g) {
+  using A = acc_t<T>;
+  const int64_t channels = args.group_channels, first = g * channels;
+  const int64_t index = n * args.groups + g, base = (n * args.channels + first) * args.positions;
+  const A mean = static_cast<const A*>(args.mean)[index];
+  const A rstd = static_cast<const A*>(args.rstd)[index];
+  const A rest = static_cast<const A*>(args.rest)[index];
+  const bool activated = args.act != Activation::identity;
+  T* dx = args.dx != nullptr ? static_cast<T*>(args.dx) + base : nullptr;
+  T* gradient = activated ? static_cast<T*>(args.gradient) + base : nullptr;
+  double s1 = 0, s2 = 0;
+  for (int64_t k = 0; k < channels; ++k) {
+    const int64_t c = first + k, offset = k * args.positions;
+    const T *dy = args.dy.at<T>(n, c, 0), *x = args.x.at<T>(n, c, 0);
+    const A weight = parameter<A>(args.weight, args.affine_stride, n, c, A(1));
+    ChannelSums<A> sums;
+    if (activated) {
+      const Affine<A> affine = affine_of<A>(args, index, n, c);
+      const T* residual =
+          args.residual.data != nullptr ? args.residual.at<T>(n, c, 0) : nullptr;
+      sums = sum_activated(args, dy, {x, residual, x, gradient + offset, args.positions}, affine);
+    } else {
+      sums = sum_stretch(dy, x, mean, args.positions, dx != nullptr ? dx + offset : nullptr);
+    }
+    const int64_t place = n * args.channels + c;
+    static_cast<A*>(args.dbias)[place] = static_cast<A>(sums.g);
+    static_cast<A*>(args.dweight)[place] =
+        static_cast<A>((sums.g_deviation - static_cast<double>(rest) * sums.g) *
+                       static_cast<double>(rstd));
+    s1 += static_cast<double>(weight) * sums.g;
+    s2 += static_cast<double>(weight) * sums.g_deviation;
+  }
+  if (dx == nullptr) return;
+  const DxFactors<A> factors =
+      dx_factors(s1, s2, rstd, rest, static_cast<double>(channels * args.positions));
+  const T* next_dy = args.dy.at<T>(next_n, next_g * channels, 0);
+  const T* next_x = args.x.at<T>(next_n, next_g * channels, 0);
+  for (int64_t k = 0; k < channels; ++k) {
+    const int64_t c = first + k, offset = k * args.positions;
+    const A scale = rstd * parameter<A>(args.weight, args.affine_stride, n, c, A(1));
+    const T* from = activated ? gradient + offset : args.dy.at<T>(n, c, 0);
+    write_dx(from, args.x.at<T>(n, c, 0), next_dy + offset, next_x + offset, dx + offset,
+             args.positions, mean, rstd, scale, factors);
+  }
+}
+
+template <class T>
+void backward_blocks(const GroupNormBackward& args, int64_t begin, int64_t end) {
+  const int64_t blocks = (args.groups + args.block_groups - 1) / args.block_groups;
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t n = unit / blocks, first = unit % blocks * args.block_groups;
+    const int64_t last = least(first + args.block_groups, args.groups);
+    const bool turned = args.lines.data != nullptr;
+    if (turned) turn_block<T>(args, args.lines, n, first, last, args.dx);
+    for (int64_t g = first; g < last; ++g) {
+      const bool more = !turned && unit + 1 < end;
+      backward_group<T>(args, n, g, more ? (unit + 1) / args.groups : n,
+                        more ? (unit + 1) % args.groups : g);
+    }
+  }
+}
+
+}  // namespace
+
+void group_norm_planes_forward(const GroupNormForward& args, int64_t begin, int64_t end) {
+  with_type(args.dtype,
+            [&](auto type) { forward_blocks<decltype(type)>(args, begin, end); });
+}
+
+void group_norm_planes_backward(const GroupNormBackward& args, int64_t begin, int64_t end) {
+  with_type(args.dtype,
+            [&](auto type) { backward_blocks<decltype(type)>(args, begin, end); });
+}
+
+}  // namespace udl::UDL_ISA

@@ -1,0 +1,1 @@
+"""instance_norm and adaptive_instance_norm, on the kernels of group_norm."""
