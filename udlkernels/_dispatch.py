@@ -34,7 +34,9 @@ class Choice:
     inputs: str = ""
 
     def __str__(self) -> str:
-        lines = [f"{self.op}: {self.implementation}" + (f"  ({self.inputs})" if self.inputs else "")]
+        lines = [
+            f"{self.op}: {self.implementation}" + (f"  ({self.inputs})" if self.inputs else "")
+        ]
         for name, reasons in self.not_taken.items():
             lines += [f"  not {name}: {reason}" for reason in reasons]
         return "\n".join(lines)
@@ -59,19 +61,30 @@ def kernel_ready(x: torch.Tensor, *others: torch.Tensor | None) -> bool:
     if not (
         type(x) in _PLAIN
         and x.dtype in KERNEL_DTYPES
-        and (_ready.cpu if x.is_cpu else _ready.cuda and x.is_cuda)
         and recorder is None
         and not _functorch_active()
         and forward_ad._current_level < 0
         and x.numel() != 0
     ):
         return False
-    for other in others:
-        if other is not None and not (
-            type(other) in _PLAIN and other.dtype in KERNEL_DTYPES and other.device == x.device
-        ):
+    if x.is_cpu:
+        if not _ready.cpu:
             return False
-    return True
+        for other in others:
+            if other is not None and not (
+                other.is_cpu and type(other) in _PLAIN and other.dtype in KERNEL_DTYPES
+            ):
+                return False
+        return True
+    return (
+        x.is_cuda
+        and _ready.cuda
+        and all(
+            other is None
+            or (type(other) in _PLAIN and other.dtype in KERNEL_DTYPES and other.device == x.device)
+            for other in others
+        )
+    )
 
 
 def kernel_reasons(x: torch.Tensor, *others: torch.Tensor | None) -> list[str]:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.compiler import is_dynamo_compiling
 
 _EXTENSION = Path(__file__).with_name("_C.so")
 _lib = torch.library.Library("udlkernels", "DEF")
@@ -54,12 +55,22 @@ class _Ready:
 ready = _Ready()
 
 
-def define(schema: str, fake: Callable[..., Any]) -> Any:
-    """Registers `udlkernels::<schema>` with its shape function; returns the callable overload."""
+def define(schema: str, fake: Callable[..., Any]) -> Callable[..., Any]:
+    """Registers `udlkernels::<schema>` with its shape function; returns a function that calls it.
+
+    The function skips the Python layer of `OpOverload` (0.8 of 4 µs a call) except while Dynamo
+    traces, which has to see the overload.
+    """
     name = schema.split("(", 1)[0]
     _lib.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.register_fake(f"udlkernels::{name}", fake, lib=_lib)
-    return getattr(torch.ops.udlkernels, name).default
+    overload = getattr(torch.ops.udlkernels, name).default
+    direct = getattr(overload, "_op", overload)
+
+    def call(*args: Any) -> Any:
+        return overload(*args) if is_dynamo_compiling() else direct(*args)
+
+    return call
 
 
 def launchers(module: str, *names: str) -> None:

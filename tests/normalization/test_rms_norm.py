@@ -136,8 +136,8 @@ def test_add_rms_norm(backend, dtype, dropout_p, weight_offset):
         residual = testing.make(shape, dtype, device=backend.device, layout="sliced", seed=9)
         testing.compare(
             lambda x, r, w: U.add_rms_norm(
-                x, r, x.shape[-1:], w, eps=EPS, dropout_p=dropout_p, seed=seed, weight_offset=weight_offset,
-                implementation="kernel",
+                x, r, x.shape[-1:], w, eps=EPS, dropout_p=dropout_p, seed=seed,
+                weight_offset=weight_offset, implementation="kernel",
             ),
             lambda x, r, w: reference.add_rms_norm(
                 x, r, x.shape[-1:], w, EPS, dropout_p, seed, weight_offset

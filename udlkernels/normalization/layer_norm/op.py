@@ -209,12 +209,22 @@ class _LayerNorm(torch.autograd.Function):
     def backward(ctx: Any, dy: Any) -> Any:
         x, weight, bias, stats = ctx.saved_tensors
         n, eps = ctx.args
-        wanted = ctx.needs_input_grad[:3]
+        need_dx, need_dweight, need_dbias, *_ = ctx.needs_input_grad
         if torch.is_grad_enabled():
-            found = _dispatch.differentiate(_row_formula(n, eps), (x, weight, bias), wanted, (dy,))
+            dx, dweight, dbias = _dispatch.differentiate(
+                _row_formula(n, eps), (x, weight, bias), (need_dx, need_dweight, need_dbias), (dy,)
+            )
         else:
-            found = _BWD(dy, x, weight, bias, stats, n, *wanted)
-        return *(g if want else None for g, want in zip(found, wanted, strict=True)), None, None
+            dx, dweight, dbias = _BWD(
+                dy, x, weight, bias, stats, n, need_dx, need_dweight, need_dbias
+            )
+        return (
+            dx if need_dx else None,
+            dweight if need_dweight else None,
+            dbias if need_dbias else None,
+            None,
+            None,
+        )
 
 
 class _AddLayerNorm(torch.autograd.Function):
