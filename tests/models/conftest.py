@@ -102,10 +102,13 @@ def task() -> Task[Config]:
 
 
 @pytest.fixture(autouse=True)
-def quiet_generators() -> Iterator[None]:
-    """The runner seeds the global generators: leave them as they were."""
+def process_left_as_it_was() -> Iterator[None]:
+    """The runner seeds the global generators. One thread is best for networks this small."""
     python, numpy_state = random.getstate(), np.random.get_state()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     with torch.random.fork_rng():
         yield
     random.setstate(python)
     np.random.set_state(numpy_state)
+    torch.set_num_threads(threads)

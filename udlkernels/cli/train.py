@@ -29,11 +29,14 @@ def models(
         keys = ("name", "chapter", "section", "title", "ops", "quick_seconds", "metric")
         typer.echo(json.dumps([{key: getattr(task, key) for key in keys} for task in tasks]))
         return
-    grid = Table("chapter", "model", "section", "what", "ops", "quick", "metric")
+    grid = Table("chapter")
+    grid.add_column("model", min_width=max(len(task.name) for task in tasks))
+    for title in ("section", "ops", "quick", "metric"):
+        grid.add_column(title, no_wrap=True)
     for task in tasks:
-        quick = f"{task.quick_seconds} s"
-        cells = (task.name, task.section, task.title, ", ".join(task.ops), quick, task.metric)
-        grid.add_row(str(task.chapter), *cells)
+        what = f"[bold]{task.name}[/]\n{task.title}"
+        cells = (task.section, "\n".join(task.ops), f"{task.quick_seconds} s", task.metric)
+        grid.add_row(str(task.chapter), what, *cells)
     Console().print(grid)
 
 
@@ -102,7 +105,9 @@ class Watch(Progress):
 
     def __init__(self, console: Console, metric: str) -> None:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-        super().__init__(*columns, TextColumn("{task.fields[values]}"), console=console)
+        super().__init__(
+            *columns, TextColumn("{task.fields[values]}"), console=console, transient=True
+        )
         self.metric = metric
         self.bars: dict[Trainer, TaskID] = {}
 
