@@ -49,7 +49,7 @@ def run(settings: Settings) -> int:
         progress.note("measuring this machine's ceilings")
         runner.measure_ceilings()
         rows = list(runner.run(progress.advance))
-        fallen = _compare(settings, runner, rows)
+        fallen = compare_with_history(settings, runner, rows)
         progress.note("measuring the extra cases of the full run")
         found = Run(
             environment=environment.describe(device),
@@ -93,7 +93,9 @@ def _device(settings: Settings) -> torch.device:
     return device
 
 
-def _compare(settings: Settings, runner: Runner, rows: list[Measured]) -> list[history.Fall]:
+def compare_with_history(
+    settings: Settings, runner: Runner, rows: list[Measured]
+) -> list[history.Fall]:
     """Adds the run to the history; a row that stands low is measured once more."""
     if settings.history is None:
         return []
@@ -101,8 +103,8 @@ def _compare(settings: Settings, runner: Runner, rows: list[Measured]) -> list[h
     ratios = history.ratios(rows)
     low = record.low(ratios)
     fallen = record.add(ratios)
-    again = [row for row in runner.plan.rows if any(name.startswith(row.id) for name in low)]
-    for row in again:
+    again = {name.rpartition("/")[0] for name in low}
+    for row in (row for row in runner.plan.rows if row.id in again):
         second = history.ratios(runner.measure(row))
         fallen = [f for f in fallen if f.id not in second]
         fallen += record.add({name: ratio for name, ratio in second.items() if name in low})

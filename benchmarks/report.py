@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -129,8 +127,10 @@ def table(title: str, columns: Sequence[str], lines: Sequence[Line]) -> None:
         drawn.add_column(column, justify="left" if i == 0 else "right", no_wrap=i == 0)
     for line in cells:
         drawn.add_row(*(Text(cell.text, style=cell.style) for cell in line))
-    width = shutil.get_terminal_size((180, 24)).columns if sys.stdout.isatty() else 180
-    Console(width=width).print(drawn)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=console.measure(drawn).maximum)
+    console.print(drawn)
 
 
 def _plain(title: str, columns: Sequence[str], cells: Sequence[Sequence[Cell]]) -> None:

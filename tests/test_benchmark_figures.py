@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from udlkernels.benchmarks import benchmarks, chart, environment, history, summary
-from udlkernels.benchmarks.declaration import Case, OverheadCase
+from udlkernels.benchmarks.__main__ import compare_with_history
+from udlkernels.benchmarks.declaration import Case, OverheadCase, Row
 from udlkernels.benchmarks.results import Measured, Run, read_rows, write_atomically
+from udlkernels.benchmarks.settings import Plan, Settings
 from udlkernels.benchmarks.timing import geometric_mean, ratio_interval
 
 ALL = benchmarks()
@@ -207,6 +209,38 @@ def test_each_machine_has_its_own_record(tmp_path):
 def test_history_keeps_rows_that_count_only():
     rows = [_measured(), _measured(id="b", flags=["torch"]), _measured(id="c", group="overhead")]
     assert history.ratios(rows) == {"rms_norm/gpt2-8x8/fp32/step": 2.0}
+
+
+class _Again:
+    """A runner that gives one row the ratios of a list, one at each measurement."""
+
+    def __init__(self, ratios):
+        self.ratios = list(ratios)
+        benchmark = ALL[0]
+        self.plan = Plan([Row(benchmark, benchmark.shapes[0], torch.float32)])
+        self.id = f"{self.plan.rows[0].id}/step"
+
+    def measure(self, row):
+        return [_measured(id=self.id, eager=[self.ratios.pop(0)])]
+
+
+@pytest.mark.parametrize(
+    ("ratios", "fallen"),
+    [
+        pytest.param([9.0], [], id="fine"),
+        pytest.param([2.0, 9.0], [], id="low-once"),
+        pytest.param([2.0, 3.0], [3.0], id="low-twice"),
+    ],
+)
+def test_low_row_is_measured_again_in_the_same_run(tmp_path, ratios, fallen):
+    runner = _Again(ratios)
+    record = history.History(tmp_path / "history.json", environment.machine())
+    record.add({runner.id: 10.0})
+    record.save()
+    settings = Settings(history=tmp_path / "history.json")
+    found = compare_with_history(settings, runner, runner.measure(runner.plan.rows[0]))
+    assert [fall.ratio for fall in found] == fallen
+    assert runner.ratios == []
 
 
 # Files, settings, pictures
