@@ -2,27 +2,11 @@
 #pragma once
 
 #include "normalization/local_response_norm.h"
-#include "vec.h"
+#include "normalization/root.isa.h"
 
 namespace udl::UDL_ISA {
 namespace {
 
-UDL_INLINE f32v root(f32v v) {
-#if UDL_VECTOR_BYTES == 64
-  return (f32v)_mm512_sqrt_ps((__m512)v);
-#else
-  for (int i = 0; i < kLanes<float>; ++i) v[i] = __builtin_sqrtf(v[i]);
-  return v;
-#endif
-}
-UDL_INLINE f64v root(f64v v) {
-#if UDL_VECTOR_BYTES == 64
-  return (f64v)_mm512_sqrt_pd((__m512d)v);
-#else
-  for (int i = 0; i < kLanes<double>; ++i) v[i] = __builtin_sqrt(v[i]);
-  return v;
-#endif
-}
 UDL_INLINE float power_of(float x, float y) { return __builtin_powf(x, y); }
 UDL_INLINE double power_of(double x, double y) { return __builtin_pow(x, y); }
 
