@@ -6,7 +6,6 @@ import functools
 import os
 import platform
 import subprocess
-import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,35 +15,7 @@ import torch
 
 from udlkernels import _library
 
-# Without these, glibc gives large buffers back to the system after each call, and the page faults
-# of the next allocation cost many times what the kernel does.
-RAISED_ALLOCATOR = {
-    "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
-    "MALLOC_MMAP_THRESHOLD_": str(1 << 40),
-    "MALLOC_TOP_PAD_": str(64 << 20),
-}
-_MARK = "UDLKERNELS_BENCH_ALLOCATOR"
-
-
-def allocator() -> str:
-    """ "raised", "default", or "system" where it is not glibc's."""
-    if platform.libc_ver()[0] != "glibc":
-        return "system"
-    raised = all(os.environ.get(name) == value for name, value in RAISED_ALLOCATOR.items())
-    return "raised" if raised else "default"
-
-
-def ensure_allocator(wanted: str, arguments: list[str]) -> None:
-    """Starts this program again with the allocator asked for: glibc reads it only at the start."""
-    if allocator() in (wanted, "system") or os.environ.get(_MARK) == wanted:
-        return
-    environment = {k: v for k, v in os.environ.items() if k not in RAISED_ALLOCATOR}
-    if wanted == "raised":
-        environment |= RAISED_ALLOCATOR
-    environment[_MARK] = wanted
-    command = [sys.executable, "-m", "udlkernels.benchmarks", *arguments]
-    sys.stdout.flush()
-    os.execve(sys.executable, command, environment)
+from .allocator import allocator
 
 
 @functools.cache

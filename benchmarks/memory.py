@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
-
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own log, before its first use
 
 
 def peak_extra(call: Callable[[], Any], device: torch.device) -> int:

@@ -116,21 +116,20 @@ def table(title: str, columns: Sequence[str], lines: Sequence[Line]) -> None:
     """One table on standard output, wide enough for its longest line where it goes to a file."""
     cells = [[c if isinstance(c, Cell) else Cell(c) for c in line] for line in lines]
     try:
+        from rich import box
         from rich.console import Console
         from rich.table import Table
         from rich.text import Text
     except ImportError:
         _plain(title, columns, cells)
         return
-    drawn = Table(title=title, title_justify="left", title_style="bold")
+    drawn = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     for i, column in enumerate(columns):
         drawn.add_column(column, justify="left" if i == 0 else "right", no_wrap=i == 0)
     for line in cells:
         drawn.add_row(*(Text(cell.text, style=cell.style) for cell in line))
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=console.measure(drawn).maximum)
-    console.print(drawn)
+    width = Console(width=1000).measure(drawn).maximum  # never folds a cell; a terminal may wrap
+    Console(width=width).print(drawn)
 
 
 def _plain(title: str, columns: Sequence[str], cells: Sequence[Sequence[Cell]]) -> None:

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from . import gate
+from .allocator import allocator
 from .ceilings import Ceilings
 from .contestant import Arguments, Contestant, Copy, copied, draw
 from .declaration import DTYPE_NAMES, Row
-from .environment import allocator
 from .memory import peak_extra
 from .results import COMPILED, OURS, Measured
 from .settings import Plan

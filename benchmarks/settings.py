@@ -12,6 +12,7 @@ import torch
 from udlkernels._errors import ArgumentError
 
 from . import benchmarks, cases
+from .allocator import DEFAULT_FLAG
 from .declaration import DTYPE_NAMES, DTYPES, PHASES, Row
 from .timing import Budget
 
@@ -35,10 +36,6 @@ class Settings:
     json: bool = False
     default_allocator: bool = False
     history: Path | None = None
-
-    @property
-    def allocator(self) -> str:
-        return "default" if self.default_allocator else "raised"
 
     @property
     def budget(self) -> Budget:
@@ -65,6 +62,7 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
         description="Measures ops beside PyTorch eager and torch.compile, in one interleaved run.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     add = parser.add_argument
     add("selection", nargs="?", metavar="family|op", help="what to measure (everything)")
@@ -78,7 +76,7 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
     add("--row", action="append", default=[], metavar="ID", help="one row, as the table names it")
     add("--no-compile", dest="compile", action="store_false", help="leave out torch.compile")
     add("--json", action="store_true", help="print the JSON file instead of the table")
-    add("--default-allocator", action="store_true", help="leave glibc's thresholds as they are")
+    add(DEFAULT_FLAG, action="store_true", help="leave glibc's thresholds as they are")
     add("--history", type=Path, metavar="FILE", help="compare with, and add to, earlier ratios")
     given = vars(parser.parse_args(arguments))
     given.pop("quick")

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from udlkernels.benchmarks import benchmarks, chart, environment, history, summary
-from udlkernels.benchmarks.__main__ import compare_with_history
 from udlkernels.benchmarks.declaration import Case, OverheadCase, Row
 from udlkernels.benchmarks.results import Measured, Run, read_rows, write_atomically
 from udlkernels.benchmarks.settings import Plan, Settings
+from udlkernels.benchmarks.suite import compare_with_history
 from udlkernels.benchmarks.timing import geometric_mean, ratio_interval
 
 ALL = benchmarks()
