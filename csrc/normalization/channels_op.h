@@ -71,4 +71,21 @@ inline ChannelView view_channels(const Tensor& tensor, bool channels_last,
   return view_channels(*owner, last);
 }
 
+// The lines of a view as rows: planes in the order of samples and channels, or positions in that of
+// samples and places.
+inline Rows line_rows(const ChannelView& view) {
+  const int64_t lines = view.last ? view.positions : view.channels;
+  Rows rows;
+  rows.data = view.data;
+  const bool merged = lines == 1 || view.batch == 1 || view.batch_stride == lines * view.step;
+  rows.ndim = merged ? 1 : 2;
+  rows.size[0] = merged ? view.batch * lines : view.batch;
+  rows.stride[0] = merged && lines > 1 ? view.step : view.batch_stride;
+  if (!merged) {
+    rows.size[1] = lines;
+    rows.stride[1] = view.step;
+  }
+  return rows;
+}
+
 }  // namespace udl

@@ -9,28 +9,6 @@
 namespace udl {
 namespace {
 
-// The positions of a tensor with channels innermost, as rows.
-Rows rows_of(const ChannelView& view) {
-  Rows rows;
-  rows.data = view.data;
-  if (view.positions == 1) {
-    rows.ndim = 1;
-    rows.size[0] = view.batch;
-    rows.stride[0] = view.batch_stride;
-  } else if (view.batch == 1 || view.batch_stride == view.positions * view.step) {
-    rows.ndim = 1;
-    rows.size[0] = view.batch * view.positions;
-    rows.stride[0] = view.step;
-  } else {
-    rows.ndim = 2;
-    rows.size[0] = view.batch;
-    rows.size[1] = view.positions;
-    rows.stride[0] = view.batch_stride;
-    rows.stride[1] = view.step;
-  }
-  return rows;
-}
-
 void run_planes(const ChannelView& x, const ChannelView& dy, double eps, Tensor& out) {
   PixelNorm args;
   args.dtype = dtype_of(out);
@@ -60,7 +38,7 @@ std::tuple<Tensor, Tensor> pixel_norm_fwd(const Tensor& x, double eps) {
   args.dtype = dtype_of(x);
   args.n = view.channels;
   args.eps = eps;
-  args.x = rows_of(view);
+  args.x = line_rows(view);
   args.y = y.mutable_data_ptr();
   args.rstd = rstd.mutable_data_ptr();
   parallel_units(count, args.n, [&](int64_t begin, int64_t end) {
@@ -84,8 +62,8 @@ Tensor pixel_norm_bwd(const Tensor& dy, const Tensor& x, const Tensor& rstd, dou
   args.n = view.channels;
   args.rows = view.batch * view.positions;
   args.chunk_rows = row_norm_chunk_rows(args.n);
-  args.x = rows_of(view);
-  args.dy = rows_of(dy_view);
+  args.x = line_rows(view);
+  args.dy = line_rows(dy_view);
   args.rstd = rstd.const_data_ptr();
   args.dx = dx.mutable_data_ptr();
   parallel_units((args.rows + args.chunk_rows - 1) / args.chunk_rows, args.n * args.chunk_rows,
