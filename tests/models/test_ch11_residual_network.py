@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from udlkernels import models
+from udlkernels import functional, models, testing
 from udlkernels.models import ch11_residual_network as chapter
 from udlkernels.models import runner
 from udlkernels.models.ops import set_implementation
 from udlkernels.models.runner import Options
 from udlkernels.models.task import Data, Plan
+from udlkernels.models.trainer import Computing
 
 CONFIG = chapter.Config()
 
@@ -32,6 +33,7 @@ def test_task_is_found_under_its_name() -> None:
     assert chapter.TASK.name in models.names()
     assert {*chapter.TASK.quick.variants, *chapter.TASK.full.variants} == {*chapter.VARIANTS}
     assert {*chapter.TASK.expected} <= {*chapter.VARIANTS}
+    assert {*chapter.TASK.ops} <= {*functional.__all__}
 
 
 @pytest.mark.parametrize(
@@ -111,6 +113,22 @@ def test_deterministic_and_learns(data: Data, tmp_path: Path) -> None:
         assert run.history["loss"] == same.history["loss"]
         assert run.history["test_error"] == same.history["test_error"]
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+def gradient(variant: str, data: Data, computing: Computing) -> torch.Tensor:
+    """All weights' gradients of the loss of one batch, as one vector."""
+    torch.manual_seed(0)
+    network = computing.build(chapter.TASK, chapter.VARIANTS[variant])
+    x, y = (tensor[:100] for tensor in computing.place(data).train)
+    chapter.loss(network, x, y).backward()
+    return torch.cat([weight.grad.flatten() for weight in network.parameters()])
+
+
+@pytest.mark.parametrize("variant", ["deep_batch_norm", "deep_layer_norm"])
+def test_gradient_is_as_near_the_true_one_as_with_torch_ops(data: Data, variant: str) -> None:
+    oracle = gradient(variant, data, Computing("reference", dtype="fp64"))
+    peer = gradient(variant, data, Computing("torch"))
+    testing.check(gradient(variant, data, Computing("udlkernels")), oracle, [peer])
 
 
 @pytest.mark.parametrize("norm", ["batch", "layer"])
