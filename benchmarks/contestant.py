@@ -13,6 +13,7 @@ from torch import Tensor
 from .declaration import Input, Row, Shape
 
 Arguments = dict[str, Tensor]
+_KINDS = {"normal": (0.0, 1.0), "scale": (1.0, 0.1), "small": (0.0, 0.1)}
 
 
 def draw(row: Row, device: torch.device) -> Arguments:
@@ -98,14 +99,8 @@ class Copy:
 def _tensor(
     spec: Input, shape: Shape, dtype: torch.dtype, device: torch.device, generator: torch.Generator
 ) -> Tensor:
-    value = torch.empty(spec.size, dtype=torch.float32)
-    if spec.kind in ("zeros", "ones"):
-        value.fill_(float(spec.kind == "ones"))
-    else:
-        mean, deviation = {"normal": (0.0, 1.0), "scale": (1.0, 0.1), "small": (0.0, 0.1)}[
-            spec.kind
-        ]
-        value.normal_(mean, deviation, generator=generator)
+    mean, deviation = _KINDS[spec.kind]
+    value = torch.empty(spec.size).normal_(mean, deviation, generator=generator)
     value = value.to(device, spec.dtype or dtype)
     if shape.layout == "channels_last" and value.dim() in (4, 5):
         formats = {4: torch.channels_last, 5: torch.channels_last_3d}

@@ -63,9 +63,9 @@ class Shape:
 class Input:
     """One tensor argument, drawn anew for each row.
 
-    `kind`: "normal", "scale" (around one), "small" (deviation 0.1), "zeros", "ones". `dtype` None
-    is the row's; `grad`: a floating input whose gradient belongs to the step; `written`: the op
-    updates it in place.
+    `kind`: "normal", "scale" (around one) or "small" (around zero), both with deviation 0.1.
+    `dtype` None is the row's; `grad`: a floating input whose gradient belongs to the step;
+    `written`: the op updates it in place.
     """
 
     size: tuple[int, ...]

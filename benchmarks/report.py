@@ -123,13 +123,16 @@ def table(title: str, columns: Sequence[str], lines: Sequence[Line]) -> None:
     except ImportError:
         _plain(title, columns, cells)
         return
-    drawn = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    drawn = Table(
+        title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, show_edge=False
+    )
     for i, column in enumerate(columns):
-        drawn.add_column(column, justify="left" if i == 0 else "right", no_wrap=i == 0)
+        last = i == len(columns) - 1
+        drawn.add_column(column, justify="left" if i == 0 or last else "right")
     for line in cells:
         drawn.add_row(*(Text(cell.text, style=cell.style) for cell in line))
     width = Console(width=1000).measure(drawn).maximum  # never folds a cell; a terminal may wrap
-    Console(width=width).print(drawn)
+    Console(width=width).print(drawn, end="\n\n")
 
 
 def _plain(title: str, columns: Sequence[str], cells: Sequence[Sequence[Cell]]) -> None:

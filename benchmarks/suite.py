@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from .settings import Settings, plan
 def run(settings: Settings) -> int:
     """Measures, writes and prints; 1 where a row is wrong, or fell twice running."""
     started = time.perf_counter()
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # no GPU is no news
     device = _device(settings)
     torch.set_num_threads(settings.threads or len(os.sched_getaffinity(0)))
     planned = plan(settings)

@@ -30,13 +30,15 @@ SHAPES = both_layouts(
 
 
 def inputs(shape: Shape) -> Mapping[str, Input]:
-    """Weights and statistics are float32, as in mixed-precision training."""
+    """Weights and statistics are float32, as in mixed-precision training, and not at their start:
+    a running mean of zero would hold only the rounding of the batch's.
+    """
     channels = shape.size[1:2]
     full = torch.float32
     return {
         "x": Input(shape.size),
-        "running_mean": Input(channels, "zeros", grad=False, dtype=full, written=True),
-        "running_var": Input(channels, "ones", grad=False, dtype=full, written=True),
+        "running_mean": Input(channels, "small", grad=False, dtype=full, written=True),
+        "running_var": Input(channels, "scale", grad=False, dtype=full, written=True),
         "weight": Input(channels, "scale", dtype=full),
         "bias": Input(channels, "small", dtype=full),
     }
