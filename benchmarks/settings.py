@@ -110,7 +110,7 @@ def _compiled(rows: list[Row], settings: Settings, only_op: bool) -> set[tuple[s
     """Which rows meet torch.compile, and in which mode: each costs a second or two of compiling.
 
     In the quick run the first with a goal. In the full run of one op all of them; of a family,
-    those that a goal names, and every float32 step.
+    those that a goal names, and the float32 steps of the quick shapes.
     """
     model = [row for row in rows if row.shape.group == "model" and row.benchmark.peers[0].compiled]
     if not settings.compile:
@@ -121,8 +121,8 @@ def _compiled(rows: list[Row], settings: Settings, only_op: bool) -> set[tuple[s
         named = (row.benchmark.op, DTYPE_NAMES[row.dtype], row.shape.layout)
         for mode in ("forward", "step"):
             asked = any(case.covers(named[0], mode, *named[1:]) for case in goals)
-            rest = settings.full and mode == "step" and (only_op or row.dtype == torch.float32)
-            if asked or rest:
+            sample = row.shape.quick and row.dtype == torch.float32
+            if asked or (settings.full and mode == "step" and (only_op or sample)):
                 found.add((row.id, mode))
             if asked and not settings.full:
                 return found
