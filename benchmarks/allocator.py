@@ -15,7 +15,7 @@ DEFAULT_FLAG = "--default-allocator"
 # of the next allocation cost many times what the kernel does.
 RAISED_ALLOCATOR = {
     "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
-    "MALLOC_MMAP_THRESHOLD_": str(1 << 40),
+    "MALLOC_MMAP_THRESHOLD_": str(32 << 20),  # glibc ignores a larger value
     "MALLOC_TOP_PAD_": str(64 << 20),
 }
 _MARK = "UDLKERNELS_BENCH_ALLOCATOR"
