@@ -50,6 +50,7 @@ class Config(Training):
     learning_rate: float = 0.05
     momentum: float = 0.9
     halve_every: int = 20  # epochs
+    threads: int | None = 1  # two take as long at this size, and far longer on a busy machine
 
 
 def norm_layer(config: Config) -> nn.Module:

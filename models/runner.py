@@ -7,13 +7,14 @@ in turn with ours, so that both see the same machine.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
 import math
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,8 @@ def train(
     for variant, seed in runs(plan, options.seed):
         config = dataclasses.replace(task.variants[variant], **plan.changes)
         trainers = _trainers(task, variant, config, seed, options, data)
-        _fit(trainers, options, on_epoch)
+        with cpu_threads(config.threads):
+            _fit(trainers, options, on_epoch)
         results.runs += [trainer.result() for trainer in trainers]
     results.table = _experiment(task, options, data)
     _save_results(task, plan, options, results)
@@ -66,6 +68,16 @@ def runs(plan: Plan, first_seed: int) -> list[tuple[str, int]]:
     """The variants and seeds of the plan, in the order in which they are trained."""
     seeds = range(first_seed, first_seed + plan.seeds)
     return list(itertools.product(plan.variants, seeds))
+
+
+@contextlib.contextmanager
+def cpu_threads(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _check(options: Options) -> None:

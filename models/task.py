@@ -21,6 +21,7 @@ class Training:
 
     epochs: int = 100
     batch_size: int = 100
+    threads: int | None = None  # of the CPU; None is PyTorch's choice
 
 
 C = TypeVar("C", bound=Training)

@@ -179,6 +179,22 @@ def test_compiled_network_trains_and_evaluates_the_same_weights(
     }
 
 
+@pytest.mark.parametrize("asked", [None, 2])
+def test_threads_are_those_of_the_config(task: Task, tmp_path: Path, asked: int | None) -> None:
+    seen: set[int] = set()
+
+    def loss(*arguments: Any) -> torch.Tensor:
+        seen.add(torch.get_num_threads())
+        return task.loss(*arguments)
+
+    before = torch.get_num_threads()
+    plan = Plan(("plain",), changes={"threads": asked, "epochs": 1})
+    with pytest.raises(Stop):
+        runner.train(replace(task, loss=loss), plan, Options(tmp_path), stop_after(0))
+    assert seen == {asked or before}
+    assert torch.get_num_threads() == before
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_trains_and_resumes_on_a_gpu(task: Task, tmp_path: Path) -> None:
