@@ -3,6 +3,7 @@
 #pragma once
 
 #include "normalization/row_norm.h"
+#include "normalization/row_norm_narrow.isa.h"
 #include "vec.h"
 
 namespace udl::UDL_ISA {
@@ -227,6 +228,31 @@ void forward_rows(const RowNormForward& args, int64_t begin, int64_t end) {
   }
 }
 
+template <bool kCenter, class T>
+void forward_narrow(const RowNormForward& args, int64_t begin, int64_t end) {
+  using A = acc_t<T>;
+  constexpr int L = kLanes<A>;
+  for (int64_t r = begin; r < end; r += L) {
+    const int64_t count = end - r < L ? end - r : L;
+    const T* x = args.x.row<T>(r);
+    T* y = static_cast<T*>(args.y) + r * args.n;
+    vec_t<A> mean, rstd;
+    const vec_t<A> variance = forward_block<kCenter>(args, x, y, count, mean, rstd);
+    for (int64_t k = 0; k < count; ++k) {
+      if (std::isfinite(variance[k])) continue;
+      const T* row = x + k * args.n;
+      const A largest = largest_magnitude(row, args.n);
+      if (!(largest > 0 && std::isfinite(largest))) continue;
+      const Moments<A> redone = scaled_row<kCenter>(args, row, y + k * args.n, largest);
+      mean[k] = redone.mean;
+      rstd[k] = redone.rstd;
+    }
+    const Tail tail{static_cast<int>(count)};
+    if (args.mean != nullptr) store(static_cast<A*>(args.mean) + r, mean, tail);
+    if (args.rstd != nullptr) store(static_cast<A*>(args.rstd) + r, rstd, tail);
+  }
+}
+
 // One row of the backward, and the two means of the chain rule through its statistics: of
 // g = dy * weight and of g * x_hat.
 template <class T>
@@ -353,11 +379,25 @@ void backward_chunks(const RowNormBackward& args, int64_t begin, int64_t end) {
   delete[] sums;
 }
 
+template <bool kCenter, class T>
+void backward_narrow(const RowNormBackward& args, int64_t begin, int64_t end) {
+  using A = acc_t<T>;
+  for (int64_t chunk = begin; chunk < end; ++chunk) {
+    const int64_t first = chunk * args.chunk_rows, next = first + args.chunk_rows;
+    A* dweight = args.dweight != nullptr ? static_cast<A*>(args.dweight) + chunk * args.n : nullptr;
+    A* dbias = args.dbias != nullptr ? static_cast<A*>(args.dbias) + chunk * args.n : nullptr;
+    backward_narrow_chunk<kCenter, T>(args, first, next < args.rows ? next : args.rows, dweight,
+                                      dbias);
+  }
+}
+
 template <bool kCenter>
 void row_norm_forward(const RowNormForward& args, int64_t begin, int64_t end) {
   with_type(args.dtype, [&](auto type) {
     using T = decltype(type);
-    if (is_wide<T>(args.n)) {
+    if (args.n <= kNarrow && args.residual.data == nullptr && one_after_another(args.x, args.n)) {
+      forward_narrow<kCenter, T>(args, begin, end);
+    } else if (is_wide<T>(args.n)) {
       forward_rows<kCenter, true, T>(args, begin, end);
     } else {
       forward_rows<kCenter, false, T>(args, begin, end);
@@ -370,7 +410,10 @@ void row_norm_backward(const RowNormBackward& args, int64_t begin, int64_t end) 
   with_type(args.dtype, [&](auto type) {
     using T = decltype(type);
     const bool sums = args.dweight != nullptr || args.dbias != nullptr;
-    if (args.weight != nullptr && sums) {
+    if (args.n <= kNarrow && args.ds.data == nullptr && args.dx_dropped == nullptr &&
+        one_after_another(args.x, args.n) && one_after_another(args.dy, args.n)) {
+      backward_narrow<kCenter, T>(args, begin, end);
+    } else if (args.weight != nullptr && sums) {
       backward_chunks<kCenter, true, true, T>(args, begin, end);
     } else if (args.weight != nullptr) {
       backward_chunks<kCenter, true, false, T>(args, begin, end);
