@@ -39,7 +39,7 @@ class Bandwidth:
 class Ceilings:
     """Measures on first use, and keeps, each working-set size and each dtype's product."""
 
-    def __init__(self, device: torch.device, seconds: float = 0.04) -> None:
+    def __init__(self, device: torch.device, seconds: float = 0.02) -> None:
         self.device = device
         self.seconds = seconds
         self.bandwidths: dict[tuple[int, int], Bandwidth] = {}

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from .results import COMPILED, EAGER, OURS, Measured, Run
 from .summary import Outcome
 
+BUSY_LOAD = 0.7  # runnable processes, averaged over the minute before the run
 _GOOD, _BAD, _ODD = "green", "red", "yellow"
 
 
@@ -23,6 +24,8 @@ Line = Sequence["Cell | str"]
 def show(run: Run, results: Sequence[Outcome]) -> None:
     """Rows by op, then the cases, then what could not be counted."""
     print(_heading(run))
+    if (run.environment["load"] or 0.0) > BUSY_LOAD:
+        print(f"load {run.environment['load']} before the start: other programs disturb the times")
     for op in dict.fromkeys(row.op for row in run.rows):
         table(op, ROW_COLUMNS, [_row_line(row) for row in run.rows if row.op == op])
     if run.default_allocator:

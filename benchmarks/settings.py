@@ -44,7 +44,7 @@ class Settings:
             return Budget(seconds=0.5, least=9, most=100)
         if self.full:
             return Budget(seconds=0.15, least=7, most=50)
-        return Budget(seconds=0.08, least=5, most=30)
+        return Budget(seconds=0.06, least=5, most=20)
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,8 @@ def run(settings: Settings) -> int:
     started = time.perf_counter()
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # no GPU is no news
     device = _device(settings)
-    torch.set_num_threads(settings.threads or len(os.sched_getaffinity(0)))
+    torch.set_num_threads(settings.threads or os.cpu_count() or 1)
+    surroundings = environment.describe(device)
     planned = plan(settings)
     runner = Runner(planned, device, settings.budget)
     with Progress(len(planned.rows)) as progress:
@@ -42,7 +43,7 @@ def run(settings: Settings) -> int:
         fallen = compare_with_history(settings, runner, rows)
         progress.note("measuring the extra cases of the full run")
         found = Run(
-            environment=environment.describe(device),
+            environment=surroundings,
             settings=_as_json(settings),
             ceilings=runner.ceilings_found(),
             rows=rows,

@@ -7,6 +7,7 @@ gives a history of absolute times.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -33,7 +34,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.mark.parametrize("mode", ["forward", "step"])
 def test_row(
-    benchmark: Callable[..., object],
+    benchmark: Any,
     row: Row,
     name: str,
     mode: str,

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import sys
 
 import numpy as np
 import pytest
 import torch
 
-from udlkernels.benchmarks import benchmarks, chart, environment, history, summary
+from udlkernels.benchmarks import benchmarks, chart, environment, history, report, summary
 from udlkernels.benchmarks.declaration import Case, OverheadCase, Row
 from udlkernels.benchmarks.results import Measured, Run, read_rows, write_atomically
 from udlkernels.benchmarks.settings import Plan, Settings
@@ -283,3 +284,40 @@ def test_picture_shows_losses_and_wins(tmp_path):
 
 def test_nothing_to_draw(tmp_path):
     assert not chart.draw([_measured(flags=["wrong"])], tmp_path / "bench.png")
+
+
+@pytest.mark.parametrize("installed", [True, False], ids=["rich", "plain"])
+def test_table_shows_wins_losses_and_reasons(capsys, monkeypatch, installed):
+    if not installed:
+        for name in ("rich", "rich.console", "rich.table", "rich.text"):
+            monkeypatch.setitem(sys.modules, name, None)
+    rows = [
+        _measured(id="rms_norm/win/fp32/step", shape="win"),
+        _measured(id="rms_norm/loss/fp32/step", shape="loss", eager=[0.5]),
+        _measured(id="rms_norm/bad/fp32/step", samples={}, flags=["wrong"], notes=["grad x: 9"]),
+        _measured(id="rms_norm/back/fp32/step", flags=["torch"]),
+        _measured(id="rms_norm/fast/fp32/step", flags=["suspect"]),
+    ]
+    surroundings = {**environment.describe(torch.device("cpu")), "load": 3.0}
+    goals = [Case("rms_norm", "step", torch.float32, goal=3.0)]
+    found = summary.outcomes(rows, [b for b in ALL if b.op == "rms_norm"], goals, [], {})
+    report.show(Run(surroundings, {}, {}, rows), found)
+    lines = capsys.readouterr().out.splitlines()
+
+    def line(text):
+        return next(found for found in lines if text in found)
+
+    assert "2.00x" in line("win/fp32/step")
+    assert "0.50x" in line("loss/fp32/step")
+    assert "wrong, grad x: 9" in line("bad/fp32/step")
+    assert "counts for nothing" in line("back/fp32/step")
+    assert "suspect" in line("fast/fp32/step") and "2.00x" not in line("fast/fp32/step")
+    assert "not met" in line("rms_norm step fp32")
+    assert line("load 3.0")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(1.234e-6, "1.23 µs"), (0.0999, "99.9 ms"), (12.0, "12 s")]
+)
+def test_duration(seconds, text):
+    assert report.duration(seconds) == text

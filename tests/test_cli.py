@@ -143,5 +143,5 @@ def test_bench_refuses_an_unknown_row(tmp_path):
         [*command, "--out", str(tmp_path)], capture_output=True, text=True, env=ENVIRONMENT
     )
     assert done.returncode == 2
-    assert done.stderr.strip().splitlines()[-1].startswith("[bench] row: expected an id")
+    assert done.stderr.strip().splitlines()[-1].startswith("error: [bench] row: expected an id")
     assert not list(tmp_path.iterdir())
