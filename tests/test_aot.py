@@ -36,8 +36,13 @@ def _entry(name, block, warps, divisible=("x_ptr", "y_ptr", "n_cols", "stride"),
     return Entry(name, _scale_kernel, signature, {"BLOCK": block}, divisible, warps)
 
 
+class Fatal:
+    cache_key = property(lambda self: os._exit(3))
+
+
 AOT = (
     _entry("fits", 2048, 4),
+    Entry("dies", Fatal(), {}),
     _entry("spills", 65536, 4, kind="fp32"),
     _entry("unaligned", 2048, 4, divisible=()),
 )
@@ -99,25 +104,12 @@ def test_arguments_not_divisible_cost_the_wide_loads(compiled, target):
 
 
 @pytest.mark.slow
-def test_crash_of_the_compiler_is_one_row(tmp_path):
-    (tmp_path / "aot_crash.py").write_text(
-        "import os\n"
-        "from udlkernels._aot import Entry\n"
-        "class Fatal:\n"
-        "    cache_key = property(lambda self: os._exit(3))\n"
-        "AOT = tuple(Entry(f'dies {i}', Fatal(), {}, targets=('sm_90',)) for i in range(2))\n"
-    )
-    (tmp_path / "run.py").write_text(
-        "from udlkernels import _aot\n"
-        "if __name__ == '__main__':\n"
-        "    for kernel in _aot.compile_all(_aot.jobs(('sm_90',), ['aot_crash'])):\n"
-        "        print(kernel.entry, kernel.error)\n"
-    )
-    environment = {**os.environ, "PYTHONPATH": _path(tmp_path)}
-    command = [sys.executable, str(tmp_path / "run.py")]
-    done = subprocess.run(command, check=True, env=environment, capture_output=True, text=True)
-    reason = "the compiler's process ended with code 3"
-    assert done.stdout.splitlines() == [f"dies 0 {reason}", f"dies 1 {reason}"]
+def test_crash_of_the_compiler_is_one_row(compiled):
+    assert compiled["dies", "sm_90"].error == "the compiler's process ended with code 3"
+    assert [name for name, _ in compiled] == [
+        name for name in ("fits", "dies", "spills", "unaligned") for _ in ("sm_90", "gfx942")
+    ]
+    assert [name for (name, _), kernel in compiled.items() if kernel.error] == ["dies", "dies"]
 
 
 @pytest.mark.slow

@@ -1,8 +1,8 @@
 """Ahead-of-time compilation of the Triton kernels, on a machine without any GPU.
 
 Each op's `kernels.py` declares `AOT`, a tuple of `Entry` made from its launch table: one entry
-for every specialisation that a launch can ask for. `compile_all` compiles them for each target,
-every compilation in a process of its own, and reads registers, spills and instructions back.
+for every specialisation that a launch can ask for. `compile_all` compiles them for each target in
+processes apart, and reads registers, spills and instructions back.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from udlkernels._aot_read import read_amd, read_nvidia
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 _COMPILE_TIMEOUT = 300.0
+_BATCH = 8  # compilations a process: starting one costs twice what a small kernel does
 
 
 @dataclass(frozen=True)
@@ -158,22 +159,26 @@ def compile_all(
     workers: int | None = None,
     done: Callable[[Compiled], None] = lambda compiled: None,
 ) -> list[Compiled]:
-    """Compiles all jobs, each in a fresh process, so that a crash costs one row only."""
+    """Compiles all jobs in child processes, so that a crash of the compiler costs one row only."""
     with _compiling_environment():
         method = "forkserver" if hasattr(os, "fork") else "spawn"
         context = multiprocessing.get_context(method)
         if method == "forkserver":
-            context.set_forkserver_preload(
-                ["triton.compiler", *dict.fromkeys(j.module for j in todo)]
-            )
+            modules = dict.fromkeys(job.module for job in todo)
+            context.set_forkserver_preload(["triton.compiler", *modules])
 
-        def one(job: Job) -> Compiled:
-            compiled = _in_process(context, job)
-            done(compiled)
-            return compiled
+        def compile_batch(start: int) -> list[Compiled]:
+            batch = todo[start : start + _BATCH]
+            found: list[Compiled] = []
+            while len(found) < len(batch):  # once, and again behind each crash
+                for compiled in _in_process(context, batch[len(found) :]):
+                    done(compiled)
+                    found.append(compiled)
+            return found
 
         with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
-            return list(pool.map(one, todo))
+            batches = pool.map(compile_batch, range(0, len(todo), _BATCH))
+            return [compiled for batch in batches for compiled in batch]
 
 
 def _full_signature(entry: Entry) -> dict[str, str]:
@@ -215,36 +220,38 @@ def _compiling_environment() -> Iterator[None]:
         os.environ.update(saved)
 
 
-def _in_process(context: Any, job: Job) -> Compiled:
-    failed = Compiled(job.module, job.name, job.target, job.num_warps)
+def _in_process(context: Any, batch: Sequence[Job]) -> Iterator[Compiled]:
+    """What one child process makes of the jobs, up to and with the one that ends it."""
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(sender, job), daemon=True)
+    process = context.Process(target=_child, args=(sender, batch), daemon=True)
     process.start()
     sender.close()
     try:
-        if not receiver.poll(_COMPILE_TIMEOUT):
-            process.terminate()
-            return replace(failed, error=f"no answer after {_COMPILE_TIMEOUT:.0f} s")
-        compiled: Compiled = receiver.recv()
-        return compiled
-    except EOFError:
-        process.join()
-        return replace(failed, error=f"the compiler's process ended with code {process.exitcode}")
+        for job in batch:
+            if not receiver.poll(_COMPILE_TIMEOUT):
+                process.terminate()
+                yield _failed(job, f"no answer after {_COMPILE_TIMEOUT:.0f} s")
+                return
+            try:
+                yield receiver.recv()
+            except EOFError:
+                process.join()
+                yield _failed(job, f"the compiler's process ended with code {process.exitcode}")
+                return
     finally:
         process.join()
         receiver.close()
 
 
-def _child(sender: Any, job: Job) -> None:
-    try:
-        compiled = compile_entry(entries(job.module)[job.index], job.target, job.module)
-    except Exception as error:  # reported as a row, beside the others
-        text = str(error).strip().splitlines() or [""]
-        compiled = Compiled(
-            job.module,
-            job.name,
-            job.target,
-            job.num_warps,
-            error=f"{type(error).__name__}: {text[0]}",
-        )
-    sender.send(compiled)
+def _child(sender: Any, batch: Sequence[Job]) -> None:
+    for job in batch:
+        try:
+            compiled = compile_entry(entries(job.module)[job.index], job.target, job.module)
+        except Exception as error:  # reported as a row, beside the others
+            text = str(error).strip().splitlines() or [""]
+            compiled = _failed(job, f"{type(error).__name__}: {text[0]}")
+        sender.send(compiled)
+
+
+def _failed(job: Job, reason: str) -> Compiled:
+    return Compiled(job.module, job.name, job.target, job.num_warps, error=reason)
