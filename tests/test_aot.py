@@ -16,6 +16,8 @@ from udlkernels._aot_read import nvidia_occupancy
 pytest.importorskip("triton")
 
 KERNELS = """
+import os
+
 import triton
 import triton.language as tl
 from udlkernels._aot import Entry
