@@ -4,6 +4,9 @@ Each is a subclass of torch's module, and carries the attribute `implementation`
 set), which it passes to the function of `udlkernels.functional` that it calls.
 """
 
+from udlkernels.nn import utils as utils
+from udlkernels.nn.act_norm import ActNorm
+from udlkernels.nn.local_response_norm import LocalResponseNorm
 from udlkernels.nn.row_norm import LayerNorm, RMSNorm
 
-__all__ = ["LayerNorm", "RMSNorm"]
+__all__ = ["ActNorm", "LayerNorm", "LocalResponseNorm", "RMSNorm"]

@@ -111,8 +111,6 @@ class _ActNorm(torch.autograd.Function):
         wanted = ctx.needs_input_grad
         inputs = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return tuple(
-                _dispatch.differentiate(reference.act_norm, inputs, wanted, (dy, dlogdet))
-            )
+            return tuple(_dispatch.differentiate(reference.act_norm, inputs, wanted, (dy, dlogdet)))
         found = _BWD(dy, dlogdet, *inputs, wanted[0])
         return tuple(g if want else None for g, want in zip(found, wanted, strict=True))

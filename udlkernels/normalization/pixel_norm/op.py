@@ -76,9 +76,7 @@ def _fake_bwd(dy: torch.Tensor, x: torch.Tensor, rstd: Any, eps: float) -> torch
     return empty_channels(x)
 
 
-_FWD = _library.define(
-    "pixel_norm_fwd(Tensor x, float eps) -> (Tensor y, Tensor rstd)", _fake_fwd
-)
+_FWD = _library.define("pixel_norm_fwd(Tensor x, float eps) -> (Tensor y, Tensor rstd)", _fake_fwd)
 _BWD = _library.define(
     "pixel_norm_bwd(Tensor dy, Tensor x, Tensor rstd, float eps) -> Tensor", _fake_bwd
 )
