@@ -1,8 +1,6 @@
-"""Options of `pytest benchmarks`, and the process state that every timing needs."""
+"""Options of `pytest benchmarks`."""
 
 from __future__ import annotations
-
-import os
 
 import pytest
 
@@ -13,10 +11,3 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--all-rows", action="store_true", help="every declared row, not the quick ones"
     )
     group.addoption("--device", default="cpu", help="cpu or cuda")
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _threads() -> None:
-    import torch
-
-    torch.set_num_threads(os.cpu_count() or 1)

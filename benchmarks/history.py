@@ -71,6 +71,7 @@ class History:
 
 
 def ratios(rows: Iterable[Measured]) -> dict[str, float]:
-    """Ratio to eager PyTorch of every row that counts; absolute overheads are too noisy."""
-    found = {row.id: row.ratio() for row in rows if row.counts and row.group == "model"}
+    """Ratio to eager PyTorch of every forward and step that counts, tiny inputs apart."""
+    kept = (row for row in rows if row.counts and row.group == "model" and row.phase != "backward")
+    found = {row.id: row.ratio() for row in kept}
     return {row: ratio[0] for row, ratio in found.items() if ratio is not None}

@@ -70,7 +70,7 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
     effort.add_argument("--quick", action="store_true", help="a shape or two of each op (default)")
     effort.add_argument("--full", action="store_true", help="every row and the table of goals")
     add("--dtype", action="append", choices=DTYPES, default=[], help="repeat for several")
-    add("--threads", type=int, help="threads of PyTorch (all cores)")
+    add("--threads", type=int, help="PyTorch's threads (its own choice)")
     add("--out", type=Path, default=Settings.out, help="folder for results (%(default)s)")
     add("--device", default="cpu", help="cpu or cuda")
     add("--row", action="append", default=[], metavar="ID", help="one row, as the table names it")

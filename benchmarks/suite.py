@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import subprocess
 import sys
 import tempfile
@@ -31,7 +30,7 @@ def run(settings: Settings) -> int:
     started = time.perf_counter()
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # no GPU is no news
     device = _device(settings)
-    torch.set_num_threads(settings.threads or os.cpu_count() or 1)
+    torch.set_num_threads(settings.threads or torch.get_num_threads())
     surroundings = environment.describe(device)
     planned = plan(settings)
     runner = Runner(planned, device, settings.budget)
@@ -124,7 +123,7 @@ def _scaling(
 
 def _default_allocator(settings: Settings, rows: Iterable[Row]) -> list[Measured]:
     """The largest fp32 row of each op once more, in a process with glibc's own thresholds."""
-    if not settings.full or allocator() != "raised":
+    if not settings.full or settings.device != "cpu" or allocator() != "raised":
         return []
     largest: dict[str, Row] = {}
     for row in sorted(rows, key=lambda row: row.shape.numel):

@@ -23,7 +23,7 @@ def bench(
         list[str] | None, typer.Option(help="fp32, bf16, fp16 or fp64; repeat for several.")
     ] = None,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="PyTorch's threads.", show_default="all cores")
+        int | None, typer.Option(min=1, help="PyTorch's threads.", show_default="its own choice")
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for bench.json and bench.png.")] = Path(
         "bench-results"
