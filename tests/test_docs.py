@@ -70,6 +70,11 @@ def test_readme_example_is_short_and_gives_the_kernel(capsys):
     assert capsys.readouterr().out.startswith(expected)
 
 
+def test_readme_shows_the_picture_that_exists():
+    shown = "](docs/pages/images/speedup.png)" in (ROOT / "README.md").read_text()
+    assert shown == (PAGES / "images" / "speedup.png").is_file()
+
+
 @pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.stem)
 def test_links_lead_somewhere(path):
     text = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.M | re.S)
