@@ -73,7 +73,7 @@ def metric_table(task: Task[Any], results: Results) -> Grid:
             variant,
             f"{runs[0].parameters:,}",
             task.expected.get(variant, "-"),
-            spread([run.final(f"test_{task.metric}") for run in runs]),
+            spread([run.final(f"test_{task.metric}") for run in runs]).replace(", ", "\n"),
             middle([run.final(f"train_{task.metric}") for run in runs]),
             f"{1e6 * seconds_per_step(runs):.0f}",
         )
