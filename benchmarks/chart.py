@@ -1,15 +1,31 @@
-"""A picture of a run: speed-ups with losses as plain as wins, and the share of the ceiling."""
+"""A picture of a run: speed-ups with losses as plain as wins, and the share of a copy's speed."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from .results import COMPILED, EAGER, Measured
 from .timing import geometric_mean
 
-_WIN, _LOSS, _SHARE = "#2a7f62", "#c0392b", "#4a6fa5"
+# Shades of winning, losing and share, one for each dtype.
+_WIN = {"fp32": "#1f6f54", "bf16": "#63b38f"}
+_LOSS = {"fp32": "#a93226", "bf16": "#e28277"}
+_SHARE = {"fp32": "#34557f", "bf16": "#86a8d4"}
+_DTYPES = tuple(_WIN)
+_HEIGHT = 0.38  # of a bar; two of them a line
+
+
+@dataclass(frozen=True)
+class Bar:
+    """Geometric means over the model shapes of one op, layout, phase and dtype."""
+
+    eager: float
+    compiled: float | None
+    share: float
 
 
 def draw(rows: Sequence[Measured], path: Path) -> bool:
@@ -18,51 +34,87 @@ def draw(rows: Sequence[Measured], path: Path) -> bool:
         from matplotlib.figure import Figure
     except ImportError:
         return False
-    bars = _bars(rows)
-    if not bars:
+    lines = _lines(rows)
+    if not lines:
         return False
-    figure = Figure(figsize=(11, 1.2 + 0.3 * len(bars)), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(2, 1))
-    places = range(len(bars))
-    eager = [bar[1] for bar in bars]
-    left.barh(
-        places, [e - 1 for e in eager], left=1, color=[_WIN if e >= 1 else _LOSS for e in eager]
+    figure = Figure(figsize=(14, 1.6 + 0.42 * len(lines)), layout="constrained")
+    axes = figure.subplots(1, 3, sharey=True, width_ratios=(3, 3, 2))
+    for axis, phase in zip(axes, ("forward", "step"), strict=False):
+        _ratios(axis, phase, lines)
+    _shares(axes[2], lines)
+    axes[0].set_yticks(range(len(lines)), list(lines))
+    axes[0].set_ylim(len(lines) - 0.4, -0.6)
+    figure.legend(
+        handles=_legend(), loc="outside lower center", ncols=len(_DTYPES) + 1, frameon=False
     )
-    compiled = [(i, bar[2]) for i, bar in enumerate(bars) if bar[2] is not None]
-    if compiled:
-        where, values = zip(*compiled, strict=True)
-        left.plot(values, where, "D", color="black", markersize=4, label="against torch.compile")
-        figure.legend(loc="outside lower left", frameon=False)
-    for i, value in enumerate(eager):
-        left.annotate(f" {value:.1f}x", (max(value, 1), i), va="center", fontsize=8)
-    left.axvline(1, color="black", linewidth=0.8)
-    left.set_xscale("log", base=2)
-    left.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
-    left.set_yticks(places, [bar[0] for bar in bars])
-    left.invert_yaxis()
-    left.set_title("speed-up over eager PyTorch, geometric mean over shapes")
-    right.barh(places, [100 * bar[3] for bar in bars], color=_SHARE)
-    right.set_title("% of a copy's speed, same bytes, same rounds")
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part.png")
-    figure.savefig(part, dpi=120)
+    figure.savefig(part, dpi=110)
     os.replace(part, path)
     return True
 
 
-def _bars(rows: Sequence[Measured]) -> list[tuple[str, float, float | None, float]]:
-    """Name, ratios to eager and to compiled, and share, one for each op, phase, dtype, layout."""
-    groups: dict[str, list[Measured]] = {}
-    for row in rows:
-        if row.counts and row.group == "model" and row.phase != "backward" and row.ratio():
+def _ratios(axis: Any, phase: str, lines: dict[str, dict[tuple[str, str], Bar]]) -> None:
+    for place, bars in enumerate(lines.values()):
+        for i, dtype in enumerate(_DTYPES):
+            bar = bars.get((phase, dtype))
+            if bar is None:
+                continue
+            where = place + (i - 0.5) * _HEIGHT
+            shades = _WIN if bar.eager >= 1 else _LOSS
+            axis.barh(where, bar.eager - 1, _HEIGHT, left=1, color=shades[dtype])
+            text = f" {bar.eager:.1f}x" if bar.eager >= 1 else f" {bar.eager:.2f}x"
+            axis.annotate(text, (max(bar.eager, 1), where), va="center", fontsize=7)
+            if bar.compiled is not None:
+                axis.plot(bar.compiled, where, "D", color="black", markersize=3)
+    axis.axvline(1, color="black", linewidth=0.8)
+    axis.set_xscale("log", base=2)
+    axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
+    axis.margins(x=0.12)
+    axis.set_title(f"{phase}: eager PyTorch's time over ours", fontsize=10)
+
+
+def _shares(axis: Any, lines: dict[str, dict[tuple[str, str], Bar]]) -> None:
+    for place, bars in enumerate(lines.values()):
+        for i, dtype in enumerate(_DTYPES):
+            bar = bars.get(("step", dtype))
+            if bar is not None:
+                axis.barh(
+                    place + (i - 0.5) * _HEIGHT, 100 * bar.share, _HEIGHT, color=_SHARE[dtype]
+                )
+    axis.axvline(100, color="black", linewidth=0.8)
+    axis.set_title("step: % of a copy's speed", fontsize=10)
+
+
+def _legend() -> list[Any]:
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    marker = Line2D([], [], marker="D", color="black", linestyle="", markersize=3)
+    marker.set_label("against torch.compile")
+    return [*(Patch(color=_WIN[dtype], label=dtype) for dtype in _DTYPES), marker]
+
+
+def _lines(rows: Sequence[Measured]) -> dict[str, dict[tuple[str, str], Bar]]:
+    """The bars of each op and layout, by phase and dtype."""
+    groups: dict[str, dict[tuple[str, str], list[Measured]]] = {}
+    drawn = (row for row in rows if row.group == "model" and row.dtype in _DTYPES)
+    for row in drawn:
+        if row.counts and row.phase != "backward" and row.ratio():
             layout = " channels-last" if row.layout == "channels_last" else ""
-            groups.setdefault(f"{row.op} {row.phase} {row.dtype}{layout}", []).append(row)
-    bars = []
-    for name, members in groups.items():
-        ratios = {
-            peer: [r[0] for m in members if (r := m.ratio(peer))] for peer in (EAGER, COMPILED)
-        }
-        compiled = geometric_mean(ratios[COMPILED]) if ratios[COMPILED] else None
-        share = geometric_mean([member.share for member in members if member.share])
-        bars.append((name, geometric_mean(ratios[EAGER]), compiled, share))
-    return bars
+            line = groups.setdefault(f"{row.op}{layout}", {})
+            line.setdefault((row.phase, row.dtype), []).append(row)
+    return {
+        name: {key: _bar(members) for key, members in line.items()} for name, line in groups.items()
+    }
+
+
+def _bar(rows: Sequence[Measured]) -> Bar:
+    eager, compiled = (
+        [ratio[0] for row in rows if (ratio := row.ratio(peer))] for peer in (EAGER, COMPILED)
+    )
+    return Bar(
+        geometric_mean(eager),
+        geometric_mean(compiled) if compiled else None,
+        geometric_mean([row.share for row in rows if row.share]),
+    )

@@ -63,7 +63,7 @@ def run(settings: Settings) -> int:
         report.show(found, results)
         print(f"written: {settings.out}/bench.json" + (", bench.png" if drawn else ""))
         if not drawn:
-            print("no picture: install matplotlib")
+            print("no picture: no row that counts, or no matplotlib")
     for fall in fallen:
         print(f"fallen twice running: {fall}", file=sys.stderr)
     return int(bool(fallen) or any(_is_broken(row) for row in rows))
