@@ -82,7 +82,11 @@ def test_each_gradient_alone(backend, which):
     outputs = _kernel(*inputs)
     torch.autograd.backward(
         [o for o in outputs if o.requires_grad],
-        [c for c, o in zip(testing.make_cotangents(outputs), outputs) if o.requires_grad],
+        [
+            c
+            for c, o in zip(testing.make_cotangents(outputs), outputs, strict=True)
+            if o.requires_grad
+        ],
     )
     assert torch.equal(inputs[which].grad, everything[which])
 

@@ -1,4 +1,4 @@
-"""weight_norm: values, gradients, layouts, compilation, determinism, the parametrization, errors."""
+"""weight_norm: values, gradients, layouts, compilation, determinism, parametrization, errors."""
 
 from __future__ import annotations
 

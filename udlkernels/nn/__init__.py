@@ -6,7 +6,28 @@ set), which it passes to the function of `udlkernels.functional` that it calls.
 
 from udlkernels.nn import utils as utils
 from udlkernels.nn.act_norm import ActNorm
+from udlkernels.nn.group_norm import GroupNorm
+from udlkernels.nn.instance_norm import (
+    InstanceNorm1d,
+    InstanceNorm2d,
+    InstanceNorm3d,
+    LazyInstanceNorm1d,
+    LazyInstanceNorm2d,
+    LazyInstanceNorm3d,
+)
 from udlkernels.nn.local_response_norm import LocalResponseNorm
 from udlkernels.nn.row_norm import LayerNorm, RMSNorm
 
-__all__ = ["ActNorm", "LayerNorm", "LocalResponseNorm", "RMSNorm"]
+__all__ = [
+    "ActNorm",
+    "GroupNorm",
+    "InstanceNorm1d",
+    "InstanceNorm2d",
+    "InstanceNorm3d",
+    "LayerNorm",
+    "LazyInstanceNorm1d",
+    "LazyInstanceNorm2d",
+    "LazyInstanceNorm3d",
+    "LocalResponseNorm",
+    "RMSNorm",
+]

@@ -27,6 +27,7 @@ class ActNorm(torch.nn.Module):
     """
 
     implementation: str = "auto"
+    initialized: torch.Tensor
 
     def __init__(
         self,

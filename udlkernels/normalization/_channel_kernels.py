@@ -23,8 +23,8 @@ class Tile:
     num_warps: int = 4
 
 
-# 8 elements a thread along the contiguous dimension, for 128-bit loads of 16-bit types. Sizes follow
-# from compiled code, not from timings on a GPU.
+# 8 elements a thread along the contiguous dimension, for 128-bit loads of 16-bit types. Sizes
+# follow from compiled code, not from timings on a GPU.
 PLANES = Tile(4, 256)
 LAST = Tile(256, 4)
 
@@ -78,7 +78,7 @@ def entry(
     aligned: tuple[str, ...] = (),
     num_warps: int = 4,
 ) -> Entry:
-    """An entry whose pointers are of `dtype`, but float32 where named in `wide`; all are aligned."""
+    """An entry whose pointers are of `dtype`, or float32 where named in `wide`; all are aligned."""
     signature = {}
     for arg in fn.arg_names:
         if arg.endswith("_ptr"):

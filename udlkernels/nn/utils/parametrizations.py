@@ -6,6 +6,8 @@ ours extend; the parametrized module loads and saves the same checkpoints.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch.nn.utils import parametrizations as _torch
 
@@ -48,12 +50,14 @@ def spectral_norm(
     eps: float = 1e-12,
     dim: int | None = None,
 ) -> torch.nn.Module:
-    """torch.nn.utils.parametrizations.spectral_norm on the kernels of `functional.spectral_norm`."""
+    """torch.nn.utils.parametrizations.spectral_norm, on the kernels of the function."""
     module = _torch.spectral_norm(module, name, n_power_iterations, eps, dim)
     return _exchange(module, name, _SpectralNorm)
 
 
 def _exchange(module: torch.nn.Module, name: str, form: type) -> torch.nn.Module:
     """The newest parametrization of `name` as one of ours."""
-    module.parametrizations[name][-1].__class__ = form
+    parametrizations = cast(torch.nn.ModuleDict, module.parametrizations)
+    newest = cast(torch.nn.ModuleList, parametrizations[name])[-1]
+    newest.__class__ = form
     return module

@@ -1,7 +1,7 @@
 """The Triton kernels of act_norm, and their launches.
 
-Traffic per element: forward reads x and writes y; backward reads dy and x and writes dx, plus a pair
-of float32 sums for every channel of a tile.
+Traffic per element: forward reads x and writes y; backward reads dy and x and writes dx, plus a
+pair of float32 sums for every channel of a tile.
 """
 
 from __future__ import annotations
@@ -112,10 +112,11 @@ AOT = tuple(
          "BLOCK_P": tile.positions,
          **{f"{name}_{'channel' if last else 'position'}": 1 for name in ("x", "dy", "out")}},
         wide=("products_ptr", "sums_ptr"),
-        aligned=tuple(
-            a for a in _act_norm_kernel.arg_names
-            if a.endswith(("_batch", "_position" if last else "_channel"))
-        ) + ("n_channels" if last else "n_positions",),
+        aligned=(
+            *(a for a in _act_norm_kernel.arg_names if a.endswith("_batch")),
+            *(f"{name}_{'position' if last else 'channel'}" for name in ("x", "dy", "out")),
+            "n_channels" if last else "n_positions",
+        ),
     )
     for layout, tile, last in (("planes", shared.PLANES, False), ("last", shared.LAST, True))
     for backward in (False, True)

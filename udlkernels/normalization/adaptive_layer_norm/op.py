@@ -129,7 +129,10 @@ class _AdaptiveLayerNorm(torch.autograd.Function):
         if torch.is_grad_enabled():
             eps = ctx.eps
             found = _dispatch.differentiate(
-                lambda *t: reference.adaptive_layer_norm(*t, eps), (x, scale, shift), wanted, (dy,)
+                lambda *t: reference.adaptive_layer_norm(t[0], t[1], t[2], eps),
+                (x, scale, shift),
+                wanted,
+                (dy,),
             )
         else:
             found = _BWD(dy, x, scale, shift, stats, *wanted)

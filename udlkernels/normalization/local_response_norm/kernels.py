@@ -1,7 +1,7 @@
 """The Triton kernels of local_response_norm, and their launches.
 
-Traffic per element: forward reads x and writes y (the window's other channels come from the caches);
-backward reads dy and x twice, writes and reads the float32 products q, and writes dx.
+Traffic per element: forward reads x and writes y (the window's other channels come from the
+caches); backward reads dy and x twice, writes and reads the float32 products q, and writes dx.
 """
 
 from __future__ import annotations
@@ -152,7 +152,10 @@ AOT = tuple(
         {**_OPTIONS, "BLOCK_C": shared.PLANES.channels, "BLOCK_P": shared.PLANES.positions,
          "x_position": 1, "y_position": 1, "dy_position": 1, "q_position": 1},
         wide=("q_ptr",),
-        aligned=tuple(a for a in fn.arg_names if a.endswith(("_batch", "_channel"))) + ("n_positions",),
+        aligned=(
+            *(a for a in fn.arg_names if a.endswith(("_batch", "_channel"))),
+            "n_positions",
+        ),
     )
     for name, fn in (
         ("fwd", _lrn_fwd_kernel), ("products", _lrn_products_kernel), ("bwd", _lrn_bwd_kernel)

@@ -28,8 +28,8 @@ def local_response_norm(
         c - \lfloor n / 2 \rfloor \le c' \le c + \lfloor (n - 1) / 2 \rfloor
 
     Args:
-        input: [B, C, ...] of three or more dimensions; float32, float64, bfloat16 or float16 for the
-            kernels (PyTorch has no 16-bit form on the CPU), and whatever else PyTorch's op takes.
+        input: [B, C, ...] of three or more dimensions; float32, float64, bfloat16 or float16 for
+            the kernels (PyTorch has no 16-bit form on the CPU), and whatever else PyTorch's takes.
         size: n, the channels in a window; those outside the tensor count as zeros.
         alpha: factor of the mean square.
         beta: exponent. 0.5, 0.75 and 1 are computed from square roots and the fastest.

@@ -97,10 +97,11 @@ AOT = tuple(
          "BLOCK_C": tile.channels, "BLOCK_P": tile.positions,
          **{f"{name}_{'channel' if keep else 'position'}": 1 for name in ("x", "dy", "out")}},
         wide=("rstd_ptr",),
-        aligned=tuple(
-            a for a in _pixel_kernel.arg_names
-            if a.endswith(("_batch", "_position" if keep else "_channel"))
-        ) + ("n_channels" if keep else "n_positions",),
+        aligned=(
+            *(a for a in _pixel_kernel.arg_names if a.endswith("_batch")),
+            *(f"{name}_{'position' if keep else 'channel'}" for name in ("x", "dy", "out")),
+            "n_channels" if keep else "n_positions",
+        ),
     )
     for layout, tile, keep in (("planes", shared.PLANES, False), ("last", shared.LAST, True))
     for backward in (False, True)

@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from udlkernels._errors import ArgumentError
 from udlkernels.normalization import _channel_kernels as shared
 
 BLOCK = 1024  # columns of a pass over a row
@@ -108,19 +109,22 @@ def spectral_norm_fwd(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     matrix = weight.reshape(weight.shape[0], -1).contiguous()
     wide = shared.acc_dtype(weight)
-    from_u = u is not None
     # Copies: an op's results must not be its arguments.
-    u, v = (None if t is None else t.to(wide, copy=True).contiguous() for t in (u, v))
-    for _ in range(iterations):
-        if from_u:
-            v = _unit(_left(matrix, u), eps)
-        u = _unit(_dots(matrix, v), eps)
-        if not from_u:
-            v = _unit(_left(matrix, u), eps)
-    if v is None:
-        v = _unit(_left(matrix, u), eps)
-    sigma = (_dots(matrix, v).double() * u).sum().to(wide).reshape(1)
-    return _scale(matrix, u, v, sigma, None).view(weight.shape), u, v, sigma
+    left, right = (None if t is None else t.to(wide, copy=True).contiguous() for t in (u, v))
+    if left is not None:
+        for _ in range(iterations):
+            right = _unit(_left(matrix, left), eps)
+            left = _unit(_dots(matrix, right), eps)
+        right = _unit(_left(matrix, left), eps) if right is None else right
+    elif right is not None:
+        for _ in range(iterations):
+            left = _unit(_dots(matrix, right), eps)
+            right = _unit(_left(matrix, left), eps)
+    if left is None or right is None:
+        raise ArgumentError("spectral_norm", "u", "u, or v and an iteration", "neither")
+    sigma = (_dots(matrix, right).double() * left).sum().to(wide).reshape(1)
+    y = _scale(matrix, left, right, sigma, None).view(weight.shape)
+    return y, left, right, sigma
 
 
 def spectral_norm_bwd(

@@ -41,11 +41,11 @@ def spectral_norm(
         weight's. Only the first has a gradient, in which u and v count as constants.
 
     Raises:
-        ArgumentError: shapes, types or devices that do not fit, no iterations in training, eps below
-            0 or not finite.
+        ArgumentError: shapes, types or devices that do not fit, no iterations in training, eps
+            below 0 or not finite.
 
-    Numerical error: products and norms in float32 (float64 for float64), u and v rounded once, after
-    sigma is computed.
+    Numerical error: products and norms in float32 (float64 for float64), u and v rounded once,
+    after sigma is computed.
 
     Source: Miyato et al., 2018, "Spectral Normalization for Generative Adversarial Networks"
     (section 15.3).

@@ -6,24 +6,17 @@ import torch
 
 
 def power_iteration(
-    weight: torch.Tensor,
-    u: torch.Tensor | None,
-    v: torch.Tensor | None,
-    iterations: int,
-    eps: float,
+    weight: torch.Tensor, u: torch.Tensor, iterations: int, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """u and v after so many iterations; it starts from u, or from v where there is no u."""
+    """u after so many iterations, and its v."""
     matrix = weight.detach().flatten(1)
     matrix = matrix if matrix.dtype == torch.float64 else matrix.float()
-    u, v = (None if t is None else t.detach().to(matrix.dtype) for t in (u, v))
-    start_from_u = u is not None
-    for _ in range(iterations):
-        if start_from_u:
-            v = _unit(matrix.t().mv(u), eps)
+    u = u.detach().to(matrix.dtype)
+    v = _unit(matrix.t().mv(u), eps)
+    for i in range(iterations):
+        v = _unit(matrix.t().mv(u), eps) if i > 0 else v
         u = _unit(matrix.mv(v), eps)
-        if not start_from_u:
-            v = _unit(matrix.t().mv(u), eps)
-    return u, _unit(matrix.t().mv(u), eps) if v is None else v
+    return u, v
 
 
 def scale(weight: torch.Tensor, u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -35,7 +28,7 @@ def scale(weight: torch.Tensor, u: torch.Tensor, v: torch.Tensor) -> torch.Tenso
 def spectral_norm(
     weight: torch.Tensor, u: torch.Tensor, n_power_iterations: int = 1, eps: float = 1e-12
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    new_u, v = power_iteration(weight, u, None, n_power_iterations, eps)
+    new_u, v = power_iteration(weight, u, n_power_iterations, eps)
     return scale(weight, new_u, v), new_u.to(u.dtype), v.to(weight.dtype)
 
 
