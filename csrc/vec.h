@@ -349,19 +349,24 @@ UDL_INLINE Pack<acc_t<T>> load_pack(const T* p, Full) {
     return {load(p, Full{}), load(p + kLanes<acc_t<T>>, Full{})};
   }
 }
+// A pack of bfloat16 back in memory's order.
+UDL_INLINE u32v pack_bits(Pack<float> v) {
+#if defined(UDL_ISA_avx512_bf16)
+  // Rounds as to_bits does, except that results below 2^-126 become zero.
+  const __m512i packed = (__m512i)_mm512_cvtne2ps_pbh((__m512)v.b, (__m512)v.a);
+  const __m512i order = _mm512_set_epi16(
+      31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4,
+      19, 3, 18, 2, 17, 1, 16, 0);
+  return (u32v)_mm512_permutexvar_epi16(order, packed);
+#else
+  return (round_bits(v.a) >> 16) | (round_bits(v.b) & 0xffff0000u);
+#endif
+}
+
 template <class T>
 UDL_INLINE void store_pack(T* p, Pack<acc_t<T>> v, Full) {
   if constexpr (kEvenOdd<T>) {
-#if defined(UDL_ISA_avx512_bf16)
-    // Rounds as to_bits does, except that results below 2^-126 become zero.
-    const __m512i packed = (__m512i)_mm512_cvtne2ps_pbh((__m512)v.b, (__m512)v.a);
-    const __m512i order = _mm512_set_epi16(
-        31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4,
-        19, 3, 18, 2, 17, 1, 16, 0);
-    const __m512i bits = _mm512_permutexvar_epi16(order, packed);
-#else
-    const u32v bits = (round_bits(v.a) >> 16) | (round_bits(v.b) & 0xffff0000u);
-#endif
+    const u32v bits = pack_bits(v);
     std::memcpy(p, &bits, sizeof(bits));
   } else {
     store(p, v.a, Full{});
@@ -371,9 +376,14 @@ UDL_INLINE void store_pack(T* p, Pack<acc_t<T>> v, Full) {
 template <class T>
 UDL_INLINE Pack<acc_t<T>> load_pack(const T* p, Tail t) {
   if constexpr (kEvenOdd<T>) {
+#if defined(UDL_AVX512)
+    const u32v bits = (u32v)_mm512_maskz_loadu_epi16((1u << t.n) - 1, p);
+    return {bit_cast<f32v>(bits << 16), bit_cast<f32v>(bits & 0xffff0000u)};
+#else
     T part[kPack<T>] = {};
     std::memcpy(part, p, static_cast<size_t>(t.n) * sizeof(T));
     return load_pack(static_cast<const T*>(part), Full{});
+#endif
   } else {
     return {load(p, Tail{in_a<T>(t.n)}), load(p + kLanes<acc_t<T>>, Tail{in_b<T>(t.n)})};
   }
@@ -381,9 +391,13 @@ UDL_INLINE Pack<acc_t<T>> load_pack(const T* p, Tail t) {
 template <class T>
 UDL_INLINE void store_pack(T* p, Pack<acc_t<T>> v, Tail t) {
   if constexpr (kEvenOdd<T>) {
+#if defined(UDL_AVX512)
+    _mm512_mask_storeu_epi16(p, (1u << t.n) - 1, (__m512i)pack_bits(v));
+#else
     T part[kPack<T>];
     store_pack(static_cast<T*>(part), v, Full{});
     std::memcpy(p, part, static_cast<size_t>(t.n) * sizeof(T));
+#endif
   } else {
     store(p, v.a, Tail{in_a<T>(t.n)});
     store(p + kLanes<acc_t<T>>, v.b, Tail{in_b<T>(t.n)});

@@ -58,6 +58,8 @@ struct Input {
   Tensor x;
 };
 
+constexpr int64_t kLeastChunk = 64;  // positions
+
 // Sizes of the problem, and x as the kernel takes it. Turning is left to the kernel where nothing
 // else has to be read in the result's layout.
 Input prepare(GroupNormSizes& sizes, const Tensor& x, int64_t groups, int64_t act, double slope,
@@ -70,8 +72,10 @@ Input prepare(GroupNormSizes& sizes, const Tensor& x, int64_t groups, int64_t ac
   sizes.positions = x.numel() / (sizes.samples * sizes.channels);
   sizes.act = static_cast<Activation>(act);
   sizes.slope = slope;
-  // About 64 Ki elements, by the sizes alone, so that the order of the sums is theirs alone too.
-  sizes.chunk_positions = std::max<int64_t>(64, 65536 / sizes.channels / 64 * 64);
+  // By the sizes alone, so that the order of the sums is theirs alone too; few enough for a plain
+  // float32 sum.
+  sizes.chunk_positions =
+      std::clamp<int64_t>(65536 / sizes.channels / kLeastChunk * kLeastChunk, kLeastChunk, 256);
   sizes.chunks = (sizes.positions + sizes.chunk_positions - 1) / sizes.chunk_positions;
   if (channels_last || (sizes.positions == 1 && is_lines(x))) {
     return {Way::lines, is_lines(x) ? x : lines_copy(x)};
@@ -108,26 +112,25 @@ void run_planes(void (*kernel)(const Args&, int64_t, int64_t), const Args& args)
                  [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
 }
 
-// The three steps of a call in lines: sample by sample where there are enough of them and a sample
-// stays in the L2 cache, else each step over all chunks. Either way gives the same bits.
 template <class Args>
-void run_lines(void (*sum)(const Args&, int64_t, int64_t), void (*fold)(const Args&, int64_t, int64_t),
-               void (*write)(const Args&, int64_t, int64_t), const Args& args, int64_t threads) {
-  const int64_t chunks = args.chunks, sample = args.channels * args.positions;
+using Kernel = void (*)(const Args&, int64_t, int64_t);
+
+// A call in lines: sample by sample where there are enough of them and one stays in the L2 cache,
+// else step by step over the chunks of all. Either way gives the same bits.
+template <class Args>
+void run_lines(const Args& args, Kernel<Args> whole, Kernel<Args> sum, Kernel<Args> fold,
+               Kernel<Args> write) {
+  const int64_t sample = args.channels * args.positions, units = args.samples * args.chunks;
   constexpr int64_t kCached = 512 << 10;
-  if (args.samples >= threads && sample * element_size(args.dtype) <= kCached) {
-    parallel_units(args.samples, sample, [&](int64_t begin, int64_t end) {
-      for (int64_t n = begin; n < end; ++n) {
-        sum(args, n * chunks, (n + 1) * chunks);
-        fold(args, n, n + 1);
-        if (write != nullptr) write(args, n * chunks, (n + 1) * chunks);
-      }
-    });
+  if (args.samples >= int64_t{torch::stable::get_num_threads()} &&
+      sample * element_size(args.dtype) <= kCached) {
+    parallel_units(args.samples, sample,
+                   [&](int64_t begin, int64_t end) { whole(args, begin, end); });
     return;
   }
-  const int64_t units = args.samples * chunks, unit = sample / chunks;
+  const int64_t unit = sample / args.chunks;
   parallel_units(units, unit, [&](int64_t begin, int64_t end) { sum(args, begin, end); });
-  parallel_units(args.samples, args.channels * chunks,
+  parallel_units(args.samples, args.channels * args.chunks,
                  [&](int64_t begin, int64_t end) { fold(args, begin, end); });
   if (write == nullptr) return;
   parallel_units(units, unit, [&](int64_t begin, int64_t end) { write(args, begin, end); });
@@ -166,8 +169,8 @@ std::tuple<Tensor, Tensor> group_norm_fwd(const Tensor& x, const std::optional<T
     std::vector<char> partials(static_cast<size_t>(args.samples * args.chunks * 2 *
                                                    args.channels * element_size(acc)));
     args.partials = partials.data();
-    run_lines(UDL_CALL(group_norm_lines_moments), UDL_CALL(group_norm_lines_fold),
-              UDL_CALL(group_norm_lines_write), args, torch::stable::get_num_threads());
+    run_lines(args, UDL_CALL(group_norm_lines_forward), UDL_CALL(group_norm_lines_moments),
+              UDL_CALL(group_norm_lines_fold), UDL_CALL(group_norm_lines_write));
   } else {
     if (input.way == Way::lines_to_planes) {
       args.lines = args.x;
@@ -196,9 +199,9 @@ void run_backward(GroupNormBackward& args, Way way) {
     std::vector<char> factors(static_cast<size_t>(args.samples * 2 * args.groups) * element);
     args.partials = partials.data();
     args.factors = factors.data();
-    run_lines(UDL_CALL(group_norm_lines_sums), UDL_CALL(group_norm_lines_fold_sums),
-              args.dx != nullptr ? UDL_CALL(group_norm_lines_dx) : nullptr, args,
-              torch::stable::get_num_threads());
+    run_lines(args, UDL_CALL(group_norm_lines_backward), UDL_CALL(group_norm_lines_sums),
+              UDL_CALL(group_norm_lines_fold_sums),
+              args.dx != nullptr ? UDL_CALL(group_norm_lines_dx) : nullptr);
     return;
   }
   if (way == Way::lines_to_planes) {

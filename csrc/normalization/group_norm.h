@@ -72,7 +72,10 @@ struct GroupNormBackward : GroupNormSizes {
 // Units: samples * ceil(groups / block_groups).
 UDL_KERNEL(group_norm_planes_forward, (const GroupNormForward& args, int64_t begin, int64_t end))
 UDL_KERNEL(group_norm_planes_backward, (const GroupNormBackward& args, int64_t begin, int64_t end))
-// The steps of a forward and of a backward in lines. Units: samples * chunks, for the fold samples.
+// All of a forward or a backward in lines, sample by sample. Units: samples.
+UDL_KERNEL(group_norm_lines_forward, (const GroupNormForward& args, int64_t begin, int64_t end))
+UDL_KERNEL(group_norm_lines_backward, (const GroupNormBackward& args, int64_t begin, int64_t end))
+// The same in steps. Units: samples * chunks, for a fold samples.
 UDL_KERNEL(group_norm_lines_moments, (const GroupNormForward& args, int64_t begin, int64_t end))
 UDL_KERNEL(group_norm_lines_fold, (const GroupNormForward& args, int64_t begin, int64_t end))
 UDL_KERNEL(group_norm_lines_write, (const GroupNormForward& args, int64_t begin, int64_t end))

@@ -24,7 +24,7 @@ def group_norm(
     *,
     implementation: str = "auto",
 ) -> torch.Tensor:
-    r"""Group normalization: each sample's channels in groups, each group with statistics of its own.
+    r"""Group normalization: a sample's channels in groups, each with statistics of its own.
 
     .. math:: y = \frac{x - \mu_g}{\sqrt{\sigma_g^2 + \epsilon}} w_c + b_c
 
@@ -207,7 +207,7 @@ def _check_act(
     _rows.check_eps(op, eps)
 
 
-def _result_like(x: torch.Tensor, channels_last: bool) -> torch.Tensor:
+def result_like(x: torch.Tensor, channels_last: bool) -> torch.Tensor:
     if not channels_last:
         return x.new_empty(x.shape)
     layout = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
@@ -219,7 +219,7 @@ def _fake_fwd(
     slope: Any, channels_last: bool,
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return _result_like(x, channels_last), x.new_empty((4, x.shape[0], groups), dtype=dtype)
+    return result_like(x, channels_last), x.new_empty((4, x.shape[0], groups), dtype=dtype)
 
 
 def _fake_bwd(
@@ -227,14 +227,14 @@ def _fake_bwd(
     act: int, slope: Any, channels_last: bool, need_dx: bool, need_dresidual: bool,
     need_dweight: bool, need_dbias: bool,
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
-    none = x.new_empty((0,), dtype=torch.float32)
+    def given(wanted: bool, like: torch.Tensor) -> torch.Tensor:
+        return like.new_empty(like.shape) if wanted else x.new_empty((0,), dtype=torch.float32)
+
     return (
-        _result_like(x, channels_last) if need_dx else none,
-        _result_like(x, channels_last) if need_dresidual and act else x.new_empty(
-            (0,), dtype=torch.float32
-        ),
-        weight.new_empty(weight.shape) if need_dweight else x.new_empty((0,), dtype=torch.float32),
-        bias.new_empty(bias.shape) if need_dbias else x.new_empty((0,), dtype=torch.float32),
+        result_like(x, channels_last) if need_dx else given(False, x),
+        result_like(x, channels_last) if need_dresidual and act else given(False, x),
+        given(need_dweight, weight),
+        given(need_dbias, bias),
     )
 
 
@@ -281,9 +281,7 @@ class GroupNorm(torch.autograd.Function):
             name = ACTIVATIONS[act]
 
             def formula(x: Any, weight: Any, bias: Any, residual: Any) -> torch.Tensor:
-                return reference.group_norm_act(
-                    x, groups, weight, bias, eps, name, slope, residual
-                )
+                return reference.group_norm_act(x, groups, weight, bias, eps, name, slope, residual)
 
             tensors = x, weight, bias, residual
             found = _dispatch.differentiate(formula, tensors, wanted, (dy,))

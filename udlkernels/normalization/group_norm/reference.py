@@ -54,4 +54,5 @@ def _norm(
 
 
 def _per_channel(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    return values.to(like.dtype)[(..., *(None,) * (like.dim() - 2))]
+    trailing = (1,) * (like.dim() - 2)
+    return values.to(like.dtype).reshape(*values.shape, *trailing)

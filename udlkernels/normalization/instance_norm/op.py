@@ -76,9 +76,7 @@ def instance_norm(
     groups = input.shape[1]
     if running_mean is None or running_var is None:
         if needs_grad(input, weight, bias):
-            return GroupNorm.apply(
-                input, weight, bias, None, groups, eps, 0, 0.0, False, False
-            )
+            return GroupNorm.apply(input, weight, bias, None, groups, eps, 0, 0.0, False, False)
         return FWD(input, weight, bias, None, groups, eps, 0, 0.0, False)[0]
     if needs_grad(input, weight, bias):
         y, stats = GroupNorm.apply(input, weight, bias, None, groups, eps, 0, 0.0, False, True)
@@ -155,7 +153,7 @@ def _fits(x: torch.Tensor, *params: torch.Tensor | None) -> bool:
         return False
     shape = x.shape[1:2]
     for param in params:
-        if param is not None and param.shape != shape:  # noqa: SIM110 (as in _rows.shapes_fit)
+        if param is not None and param.shape != shape:
             return False
     return True
 
@@ -176,9 +174,7 @@ def _reasons(x: torch.Tensor, use_input_stats: bool, *params: torch.Tensor | Non
     ]
 
 
-def _check_adaptive(
-    x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float
-) -> None:
+def _check_adaptive(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float) -> None:
     """Raises for arguments that no implementation of adaptive_instance_norm can take."""
     op = "adaptive_instance_norm"
     if not x.dtype.is_floating_point:
