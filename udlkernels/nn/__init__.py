@@ -6,6 +6,14 @@ set), which it passes to the function of `udlkernels.functional` that it calls.
 
 from udlkernels.nn import utils as utils
 from udlkernels.nn.act_norm import ActNorm
+from udlkernels.nn.batch_norm import (
+    BatchNorm1d,
+    BatchNorm2d,
+    BatchNorm3d,
+    LazyBatchNorm1d,
+    LazyBatchNorm2d,
+    LazyBatchNorm3d,
+)
 from udlkernels.nn.group_norm import GroupNorm
 from udlkernels.nn.instance_norm import (
     InstanceNorm1d,
@@ -20,11 +28,17 @@ from udlkernels.nn.row_norm import LayerNorm, RMSNorm
 
 __all__ = [
     "ActNorm",
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
     "GroupNorm",
     "InstanceNorm1d",
     "InstanceNorm2d",
     "InstanceNorm3d",
     "LayerNorm",
+    "LazyBatchNorm1d",
+    "LazyBatchNorm2d",
+    "LazyBatchNorm3d",
     "LazyInstanceNorm1d",
     "LazyInstanceNorm2d",
     "LazyInstanceNorm3d",
