@@ -63,8 +63,10 @@ class Contestant:
         """
         differentiable = [value for value in flat(outputs) if value.requires_grad]
         if not self._grads:
-            generator = torch.Generator(differentiable[0].device).manual_seed(1)
-            self._grads = [_normal_like(value, generator, self.dtype) for value in differentiable]
+            self._grads = [
+                torch.empty_like(value).copy_(_random(value.shape, value.device, i).to(self.dtype))
+                for i, value in enumerate(differentiable)
+            ]
         return torch.autograd.grad(differentiable, self.leaves, self._grads)
 
     def results(self) -> dict[str, Tensor]:
@@ -108,7 +110,8 @@ def _tensor(
     return value.requires_grad_(spec.grad)
 
 
-def _normal_like(value: Tensor, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
-    """Random values in the same memory layout."""
-    drawn = torch.randn(value.shape, generator=generator, device=value.device)
-    return torch.empty_like(value).copy_(drawn.to(dtype))
+@functools.lru_cache(maxsize=4)
+def _random(shape: torch.Size, device: torch.device, seed: int) -> Tensor:
+    """Kept for the row's other contestants, which get the same values."""
+    generator = torch.Generator(device).manual_seed(seed)
+    return torch.randn(shape, generator=generator, device=device)
