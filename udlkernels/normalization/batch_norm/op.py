@@ -77,7 +77,7 @@ def batch_norm(
                 input, running_mean, running_var, weight, bias, training, momentum, eps
             )
         if choice == "reference":
-            return reference.batch_norm_act(
+            return reference.batch_norm(
                 input, running_mean, running_var, weight, bias, training, momentum, eps
             )
     return _kernel(
@@ -253,9 +253,7 @@ def _check_act(
     if training and values == 1:
         raise ArgumentError(op, "input", "more than 1 value per channel in training", describe(x))
     if x.dim() <= 5:
-        reasons = _reasons(
-            x, running_mean, running_var, weight, bias, training, momentum, eps
-        )
+        reasons = _reasons(x, running_mean, running_var, weight, bias, training, momentum, eps)
         if reasons:
             raise ArgumentError(op, "arguments", "such as fit together", "; ".join(reasons))
 

@@ -51,7 +51,7 @@ def batch_norm_act(
     negative_slope: float = 0.01,
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """batch_norm with its defaults; updates the running statistics in training."""
+    """act(batch_norm(x) + residual); updates the running statistics in training."""
     if training:
         mean, var = moments(x)
         count = x.numel() // x.shape[1]
@@ -63,3 +63,19 @@ def batch_norm_act(
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     rstd = torch.rsqrt(var.to(wide) + eps)
     return normalize(x, mean, rstd, weight, bias, activation, negative_slope, residual)
+
+
+def batch_norm(
+    x: torch.Tensor,
+    running_mean: torch.Tensor | None,
+    running_var: torch.Tensor | None,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> torch.Tensor:
+    """batch_norm_act without an activation."""
+    return batch_norm_act(
+        x, running_mean, running_var, weight, bias, training, momentum, eps, "identity"
+    )
