@@ -17,7 +17,18 @@ from udlkernels import functional as U
 from udlkernels import testing
 from udlkernels.normalization.layer_norm import reference
 
-SHAPES = [(4, 8), (3, 1), (1, 7), (5, 63), (2, 3, 65), (70, 33), (150, 7), (70, 16), (3, 1200), (2, 5001)]
+SHAPES = [
+    (4, 8),
+    (3, 1),
+    (1, 7),
+    (5, 63),
+    (2, 3, 65),
+    (70, 33),
+    (150, 7),
+    (70, 16),
+    (3, 1200),
+    (2, 5001),
+]
 SMALL = [(4, 8), (3, 1), (2, 3, 65)]
 
 

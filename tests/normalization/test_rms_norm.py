@@ -18,7 +18,18 @@ from udlkernels import testing
 from udlkernels.normalization.rms_norm import reference
 
 EPS = 1e-5
-SHAPES = [(4, 8), (3, 1), (1, 7), (5, 63), (2, 3, 65), (70, 33), (150, 7), (70, 16), (3, 1200), (2, 5001)]
+SHAPES = [
+    (4, 8),
+    (3, 1),
+    (1, 7),
+    (5, 63),
+    (2, 3, 65),
+    (70, 33),
+    (150, 7),
+    (70, 16),
+    (3, 1200),
+    (2, 5001),
+]
 SMALL = [(4, 8), (3, 1), (2, 3, 65)]
 
 

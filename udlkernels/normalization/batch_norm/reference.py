@@ -58,8 +58,10 @@ def batch_norm_act(
         for running, batch in ((running_mean, mean), (running_var, var * (count / (count - 1)))):
             if running is not None:
                 running.copy_(((1 - momentum) * running + momentum * batch).detach())
-    else:
+    elif running_mean is not None and running_var is not None:
         mean, var = running_mean, running_var
+    else:
+        raise ValueError("evaluation needs running statistics")
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     rstd = torch.rsqrt(var.to(wide) + eps)
     return normalize(x, mean, rstd, weight, bias, activation, negative_slope, residual)

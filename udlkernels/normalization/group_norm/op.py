@@ -93,7 +93,8 @@ def group_norm_act(
     kept but x (and the residual).
 
     Args:
-        input, num_groups, weight, bias, eps: as `group_norm`.
+        input: [B, C, ...], float32, float64, bfloat16 or float16.
+        num_groups, weight, bias, eps: as `group_norm`.
         activation: "identity", "relu", "leaky_relu", "gelu", "gelu_tanh" or "silu".
         negative_slope: leaky_relu's factor for negative values.
         residual: as input, added before the activation; None for none.
