@@ -35,42 +35,61 @@ __attribute__((noinline)) acc_t<T> scaled_norm(const T* v, int64_t n) {
   return largest * std::sqrt(sum);
 }
 
+// The forward sums a row before it writes the one ahead of it, so that no pass waits for the sum
+// across lanes, the root and the division; a row that is summed fetches the lines of its result, and
+// one that is written fetches the row after next.
 template <class T>
-void forward_row(const WeightNorm& args, int64_t row) {
+acc_t<T> row_norm(const WeightNorm& args, int64_t row) {
   using A = acc_t<T>;
   const T* v = args.v.row<T>(row);
-  T* out = static_cast<T*>(args.out) + row * args.n;
+  const T* out = static_cast<const T*>(args.out) + row * args.n;
   const A squares = sum_row<T>(args.n, [=](int64_t i, auto tag) UDL_LAMBDA {
     prefetch_pack_write(out + i);
     const Pack<A> value = load_pack(v + i, tag);
     return value * value;
   });
-  const A norm = std::isfinite(squares) ? std::sqrt(squares) : scaled_norm(v, args.n);
-  static_cast<A*>(args.norm)[row] = norm;
-  const A factor = static_cast<const A*>(args.g)[row] / norm;
-  for_packs<T>(args.n, [=](int64_t i, auto tag) UDL_LAMBDA {
-    store_pack(out + i, load_pack(v + i, tag) * factor, tag);
-  });
+  return std::isfinite(squares) ? std::sqrt(squares) : scaled_norm(v, args.n);
 }
 
-// dg = sum of dy * v / |v|, dv = g / |v| (dy - dg v / |v|).
 template <class T>
-void backward_row(const WeightNorm& args, int64_t row) {
+void forward_rows(const WeightNorm& args, int64_t begin, int64_t end) {
   using A = acc_t<T>;
-  const T* v = args.v.row<T>(row);
-  const T* dy = args.dy.row<T>(row);
-  const A inverse = 1 / static_cast<const A*>(args.norm)[row];
-  const A dg = sum_row<T>(args.n, [=](int64_t i, auto tag) UDL_LAMBDA {
-    return load_pack(dy + i, tag) * (load_pack(v + i, tag) * inverse);
-  });
-  static_cast<A*>(args.dg)[row] = dg;
-  if (args.out == nullptr) return;
-  T* out = static_cast<T*>(args.out) + row * args.n;
-  const A factor = static_cast<const A*>(args.g)[row] * inverse;
-  for_packs<T>(args.n, [=](int64_t i, auto tag) UDL_LAMBDA {
-    const Pack<A> direction = load_pack(v + i, tag) * inverse;
-    store_pack(out + i, (load_pack(dy + i, tag) - direction * dg) * factor, tag);
-  });
+  A next = row_norm<T>(args, begin);
+  for (int64_t row = begin; row < end; ++row) {
+    const A norm = next;
+    if (row + 1 < end) next = row_norm<T>(args, row + 1);
+    static_cast<A*>(args.norm)[row] = norm;
+    const A factor = static_cast<const A*>(args.g)[row] / norm;
+    const T* v = args.v.row<T>(row);
+    const T* ahead = args.v.row<T>(row + 2 < end ? row + 2 : row);
+    T* out = static_cast<T*>(args.out) + row * args.n;
+    for_packs<T>(args.n, [=](int64_t i, auto tag) UDL_LAMBDA {
+      prefetch_pack(ahead + i);
+      store_pack(out + i, load_pack(v + i, tag) * factor, tag);
+    });
+  }
+}
+
+// dg = sum of dy * v / |v|, dv = g / |v| (dy - dg v / |v|). With three streams as wide, fetching
+// ahead or overlapping rows only crowds the cache (up to 1.7 times slower at 512 x 1536).
+template <class T>
+void backward_rows(const WeightNorm& args, int64_t begin, int64_t end) {
+  using A = acc_t<T>;
+  for (int64_t row = begin; row < end; ++row) {
+    const T *v = args.v.row<T>(row), *dy = args.dy.row<T>(row);
+    const A inverse = 1 / static_cast<const A*>(args.norm)[row];
+    const A dg = sum_row<T>(args.n, [=](int64_t i, auto tag) UDL_LAMBDA {
+      return load_pack(dy + i, tag) * (load_pack(v + i, tag) * inverse);
+    });
+    static_cast<A*>(args.dg)[row] = dg;
+    if (args.out == nullptr) continue;
+    const A factor = static_cast<const A*>(args.g)[row] * inverse;
+    T* out = static_cast<T*>(args.out) + row * args.n;
+    for_packs<T>(args.n, [=](int64_t i, auto tag) UDL_LAMBDA {
+      const Pack<A> along = load_pack(v + i, tag) * inverse * dg;
+      store_pack(out + i, (load_pack(dy + i, tag) - along) * factor, tag);
+    });
+  }
 }
 
 }  // namespace
@@ -78,12 +97,10 @@ void backward_row(const WeightNorm& args, int64_t row) {
 void weight_norm(const WeightNorm& args, int64_t begin, int64_t end) {
   with_type(args.dtype, [&](auto type) {
     using T = decltype(type);
-    for (int64_t row = begin; row < end; ++row) {
-      if (args.dy.data != nullptr) {
-        backward_row<T>(args, row);
-      } else {
-        forward_row<T>(args, row);
-      }
+    if (args.dy.data != nullptr) {
+      backward_rows<T>(args, begin, end);
+    } else {
+      forward_rows<T>(args, begin, end);
     }
   });
 }

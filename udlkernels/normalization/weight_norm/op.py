@@ -38,8 +38,11 @@ def weight_norm(
 
     Source: Salimans and Kingma, 2016, "Weight Normalization".
     """
+    ready = implementation in ("auto", "kernel") and kernel_ready(v, g)
+    if ready and dim == 0 and g.dim() == v.dim() > 0 and g.numel() == g.shape[0] == v.shape[0]:
+        return _rows_norm(v, g)
     dim = _check(v, g, -1 if dim is None else dim)
-    if not (implementation in ("auto", "kernel") and kernel_ready(v, g)):
+    if not ready:
         mixed = v.dtype != g.dtype
         choice = choose(
             "weight_norm",
