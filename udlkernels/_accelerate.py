@@ -10,9 +10,7 @@ import torch
 from udlkernels import nn
 
 _FORMS: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
-    getattr(torch.nn, name): getattr(nn, name)
-    for name in nn.__all__
-    if issubclass(getattr(nn, name), getattr(torch.nn, name, ()))
+    getattr(torch.nn, name): getattr(nn, name) for name in nn.__all__ if hasattr(torch.nn, name)
 }
 _ORIGINALS = {ours: theirs for theirs, ours in _FORMS.items()}
 

@@ -378,10 +378,74 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_bwd(
           parameter_gradient(bias, need_dbias, args.g_sum, call, false)};
 }
 
+// What SyncBatchNorm exchanges between processes, [2, C] in double precision: the mean and the sum of
+// squares around it, or the sums of dy and of dy * (x - mean).
+
+Tensor batch_norm_moments(const Tensor& x) {
+  Call call(x, 2, 3);
+  BatchNorm& args = call.args;
+  Tensor stats = empty({3, args.channels}, acc_dtype(args.dtype));
+  Tensor moments = empty({2, args.channels}, Dtype::f64);
+  call.use_stats(stats);
+  args.batch_mean = static_cast<double*>(moments.mutable_data_ptr());
+  args.batch_squares = args.batch_mean + args.channels;
+  args.alpha = call.take_vector();
+  args.shift = call.take_vector();
+  args.partials = call.take_partials(3);
+  gather_moments(call);
+  return moments;
+}
+
+Tensor batch_norm_sums(const Tensor& dy, const Tensor& x, const Tensor& stats) {
+  Call call(x, 2, 2);
+  BatchNorm& args = call.args;
+  Tensor sums = empty({2, args.channels}, Dtype::f64);
+  call.use_stats(stats);
+  args.frozen = true;
+  args.g_sum = static_cast<double*>(sums.mutable_data_ptr());
+  args.h_sum = args.g_sum + args.channels;
+  args.alpha = call.take_vector();
+  args.shift = call.take_vector();
+  args.partials = call.take_partials(2);
+  UDL_CALL(batch_norm_coefficients)(args, 0, args.channels);
+  args.dy = channels_of(dy, call.form, call.dy_owner);
+  gather_sums(call);
+  return sums;
+}
+
+// means: the two sums over all processes, divided by the count of all.
+Tensor batch_norm_dx(const Tensor& dy, const Tensor& x, const std::optional<Tensor>& weight,
+                     const Tensor& stats, const Tensor& means) {
+  Call call(x, 4, 0);
+  BatchNorm& args = call.args;
+  const AccVector weight_acc(weight, acc_dtype(args.dtype));
+  std::vector<double> sums(static_cast<size_t>(2 * args.channels));
+  read_doubles(means, sums.data());
+  args.weight = weight_acc.data();
+  args.g_sum = sums.data();
+  args.h_sum = args.g_sum + args.channels;
+  args.count = 1;
+  call.use_stats(stats);
+  args.alpha = call.take_vector();
+  args.shift = call.take_vector();
+  args.h_factor = call.take_vector();
+  args.offset = call.take_vector();
+  UDL_CALL(batch_norm_coefficients)(args, 0, args.channels);
+  UDL_CALL(batch_norm_gradient_coefficients)(args, 0, args.channels);
+  args.dy = channels_of(dy, call.form, call.dy_owner);
+  Tensor dx = empty_in_form(x, call.form);
+  args.dx = channels_of(dx, call.form);
+  write_gradient(call);
+  return dx;
+}
+
 }  // namespace
 }  // namespace udl
 
 STABLE_TORCH_LIBRARY_IMPL(udlkernels, CPU, m) {
   m.impl("batch_norm_fwd", TORCH_BOX(&udl::batch_norm_fwd));
   m.impl("batch_norm_bwd", TORCH_BOX(&udl::batch_norm_bwd));
+  m.impl("batch_norm_moments", TORCH_BOX(&udl::batch_norm_moments));
+  m.impl("batch_norm_sums", TORCH_BOX(&udl::batch_norm_sums));
+  m.impl("batch_norm_dx", TORCH_BOX(&udl::batch_norm_dx));
 }

@@ -160,6 +160,10 @@ def test_opcheck():
     assert_opcheck(op.batch_norm_fwd, (x, x, None, None, mean, var, False, 0.1, 1e-5, 5, 0.01))
     back = (y, x, None, None, w, b, stats, True, 1, 0.01, True, False, True, True)
     assert_opcheck(op.batch_norm_bwd, back)
+    assert_opcheck(op.batch_norm_moments, (x,))
+    assert_opcheck(op.batch_norm_sums, (y, x, stats))
+    means = torch.zeros(2, 6, dtype=torch.float64)
+    assert_opcheck(op.batch_norm_dx, (y, x, w, stats, means))
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
@@ -195,6 +199,16 @@ def test_modules_are_torchs(ours, theirs, shape, options):
     assert one.state_dict().keys() == other.state_dict().keys()
     if "track_running_stats" not in options:
         assert torch.equal(one.num_batches_tracked, other.num_batches_tracked)
+
+
+def test_cumulative_statistics_compile_in_one_graph():
+    ours, compiled = (udlkernels.nn.BatchNorm1d(5, momentum=None) for _ in range(2))
+    call = torch.compile(compiled, backend="aot_eager", fullgraph=True)
+    for seed in range(3):
+        x = testing.make((4, 5, 6), seed=seed)
+        assert torch.equal(ours(x), call(x))
+    for name, buffer in ours.named_buffers():
+        testing.check(compiled.get_buffer(name).float(), buffer.double(), [], name)
 
 
 def test_accelerate_keeps_the_state():

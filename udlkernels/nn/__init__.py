@@ -13,6 +13,7 @@ from udlkernels.nn.batch_norm import (
     LazyBatchNorm1d,
     LazyBatchNorm2d,
     LazyBatchNorm3d,
+    SyncBatchNorm,
 )
 from udlkernels.nn.group_norm import GroupNorm
 from udlkernels.nn.instance_norm import (
@@ -44,4 +45,5 @@ __all__ = [
     "LazyInstanceNorm3d",
     "LocalResponseNorm",
     "RMSNorm",
+    "SyncBatchNorm",
 ]

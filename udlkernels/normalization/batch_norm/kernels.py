@@ -59,16 +59,21 @@ def batch_norm_moments_kernel(
         total += tl.sum(tl.load(x_ptr + at, mask=mask, other=0.0).to(ACC) / divisor[None, :], 0)
     count = tl.minimum(n_values - chunk * CHUNK, CHUNK).to(ACC)
     mean = total / count
+    rest = tl.zeros([BLOCK_C], ACC)
     squares = tl.zeros([BLOCK_C], ACC)
     for step in range(0, CHUNK, BLOCK_M):
         at, mask = _place(chunk * CHUNK + step, c, n_channels, n_positions, n_values, LAST, BLOCK_M)
         x = tl.load(x_ptr + at, mask=mask, other=0.0).to(ACC) / divisor[None, :]
         d = tl.where(mask, x - mean[None, :], 0.0)
+        rest += tl.sum(d, 0)
         squares += tl.sum(d * d, 0)
     wide = divisor.to(tl.float64)
     inside = c < n_channels
-    tl.store(means_ptr + chunk * n_channels + c, mean.to(tl.float64) * wide, mask=inside)
-    squares = squares.to(tl.float64) * wide * wide
+    # The mean was rounded; its remainder is the mean of the deviations from it.
+    remainder = rest.to(tl.float64) / count.to(tl.float64)
+    exact = mean.to(tl.float64) + tl.where(mean - mean == 0, remainder, 0.0)
+    tl.store(means_ptr + chunk * n_channels + c, exact * wide, mask=inside)
+    squares = (squares.to(tl.float64) - rest.to(tl.float64) * remainder) * wide * wide
     tl.store(squares_ptr + chunk * n_channels + c, squares, mask=inside)
 
 
@@ -188,12 +193,13 @@ def batch_norm_sums_kernel(
 @triton.jit
 def batch_norm_dx_kernel(
     dy_ptr, x_ptr, residual_ptr, out_ptr, weight_ptr, bias_ptr, stats_ptr, sums_ptr, dx_ptr,
-    dresidual_ptr, n_channels, n_positions, n_values,
+    dresidual_ptr, n_channels, n_positions, n_values, n_summed,
     SLOPE: tl.constexpr, ACTIVATION: tl.constexpr, ACC: tl.constexpr, RESIDUAL: tl.constexpr,
     OUT: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, TRAINING: tl.constexpr,
     DX: tl.constexpr, DRESIDUAL: tl.constexpr, LAST: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):  # fmt: skip
+    """dx from the two sums over `n_summed` values of each channel, and the residual's gradient."""
     c = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     start = tl.program_id(0).to(tl.int64) * BLOCK_M
     at, mask = _place(start, c, n_channels, n_positions, n_values, LAST, BLOCK_M)
@@ -205,7 +211,7 @@ def batch_norm_dx_kernel(
         tl.store(dresidual_ptr + at, g.to(dresidual_ptr.dtype.element_ty), mask=mask)
     if DX:
         if TRAINING:
-            count = n_values.to(ACC)
+            count = tl.cast(n_summed, ACC)
             g_mean = tl.load(sums_ptr + c, mask=c < n_channels, other=0.0) / count
             h_mean = tl.load(sums_ptr + n_channels + c, mask=c < n_channels, other=0.0) / count
             g = g - g_mean[None, :] - x_hat * h_mean[None, :]
@@ -322,11 +328,7 @@ def batch_norm_bwd(
     )  # fmt: skip
     sums = stats
     if need_dweight or need_dbias or (training and need_dx):
-        partials = stats.new_empty((walk.chunks, 2 * walk.channels))
-        batch_norm_sums_kernel[walk.grid(True)](
-            *pointers, partials, *walk.sizes, **walk.chunk, **flags
-        )
-        sums = sum_partials(partials, stats[:2])
+        sums = _sums(walk, pointers, flags, stats[:2])
     dx, dresidual = (
         empty_channels(x, is_channels_last(x)) if need else none
         for need in (need_dx, need_dresidual)
@@ -334,11 +336,63 @@ def batch_norm_bwd(
     if need_dx or need_dresidual:
         batch_norm_dx_kernel[walk.grid(False)](
             *pointers, sums, dx if need_dx else x, dresidual if need_dresidual else x,
-            *walk.sizes, TRAINING=training, DX=need_dx, DRESIDUAL=need_dresidual, **flags,
+            *walk.sizes, walk.values, TRAINING=training, DX=need_dx, DRESIDUAL=need_dresidual,
+            **flags,
         )  # fmt: skip
     dweight = sums[1].to(weight) if need_dweight and weight is not None else none
     dbias = sums[0].to(bias) if need_dbias and bias is not None else none
     return dx, dresidual, dweight, dbias
+
+
+def _sums(
+    walk: _Walk, pointers: tuple[torch.Tensor, ...], flags: dict[str, Any], like: torch.Tensor
+) -> torch.Tensor:
+    """Sums of g and of g * x_hat over all values, [2, C], typed as `like`."""
+    partials = pointers[-1].new_empty((walk.chunks, 2 * walk.channels))
+    batch_norm_sums_kernel[walk.grid(True)](*pointers, partials, *walk.sizes, **walk.chunk, **flags)
+    return sum_partials(partials, like)
+
+
+def batch_norm_moments(x: torch.Tensor) -> torch.Tensor:
+    """Mean and sum of squares around it, [2, C] in float64."""
+    walk = _Walk(x)
+    mean, variance = _moments(walk)
+    return torch.stack((mean, variance * walk.values))
+
+
+def batch_norm_sums(dy: torch.Tensor, x: torch.Tensor, stats: torch.Tensor) -> torch.Tensor:
+    """Sums of dy and of dy * (x - mean), [2, C] in float64."""
+    walk = _Walk(x)
+    flags = _bare(walk)
+    sums = _sums(walk, (walk.dense(dy), walk.x, x, x, x, x, stats), flags, stats[:2]).double()
+    return torch.stack((sums[0], sums[1] / stats[2]))
+
+
+def batch_norm_dx(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    stats: torch.Tensor,
+    means: torch.Tensor,
+) -> torch.Tensor:
+    """x's gradient, from the means of dy and of dy * (x - mean) over all processes."""
+    walk = _Walk(x)
+    dx = empty_channels(x, is_channels_last(x))
+    means = torch.stack((means[0], means[1] * stats[2])).to(stats.dtype)
+    flags = _bare(walk) | dict(WEIGHT=weight is not None)
+    batch_norm_dx_kernel[walk.grid(False)](
+        walk.dense(dy), walk.x, x, x, _or(weight, x), x, stats, means, dx, x, *walk.sizes, 1,
+        TRAINING=True, DX=True, DRESIDUAL=False, **flags,
+    )  # fmt: skip
+    return dx
+
+
+def _bare(walk: _Walk) -> dict[str, Any]:
+    """The flags of a norm without residual and activation."""
+    return dict(
+        SLOPE=0.0, ACTIVATION=0, ACC=shared.acc(walk.x), RESIDUAL=False, OUT=False, WEIGHT=False,
+        BIAS=False, LAST=walk.last, **walk.tile,
+    )  # fmt: skip
 
 
 def _or(tensor: torch.Tensor | None, placeholder: torch.Tensor) -> torch.Tensor:

@@ -69,7 +69,7 @@ def batch_norm(
         choice = choose(
             "batch_norm",
             implementation,
-            kernel_reasons(*tensors) + _reasons(*tensors, training, momentum, eps),
+            kernel_reasons(*tensors) + reasons_for(*tensors, training, momentum, eps),
             inputs=describe(*tensors),
         )
         if choice == "torch":
@@ -134,7 +134,7 @@ def batch_norm_act(
         choice = choose(
             "batch_norm_act",
             implementation,
-            kernel_reasons(*tensors, residual) + _reasons(*tensors, training, momentum, eps),
+            kernel_reasons(*tensors, residual) + reasons_for(*tensors, training, momentum, eps),
             fallback="reference",
             torch_reasons=("PyTorch has no such op",),
             inputs=describe(*tensors, residual),
@@ -156,7 +156,7 @@ def _fits(
     momentum: float,
     eps: float,
 ) -> bool:
-    """The answer of `_reasons` without the words."""
+    """The answer of `reasons_for` without the words."""
     if not 2 <= x.dim() <= 5 or (running_mean is None) != (running_var is None):
         return False
     shape, dtype = x.shape[1:2], x.dtype
@@ -176,7 +176,7 @@ def _fits(
     )
 
 
-def _reasons(
+def reasons_for(
     x: torch.Tensor,
     running_mean: torch.Tensor | None,
     running_var: torch.Tensor | None,
@@ -253,7 +253,7 @@ def _check_act(
     if training and values == 1:
         raise ArgumentError(op, "input", "more than 1 value per channel in training", describe(x))
     if x.dim() <= 5:
-        reasons = _reasons(x, running_mean, running_var, weight, bias, training, momentum, eps)
+        reasons = reasons_for(x, running_mean, running_var, weight, bias, training, momentum, eps)
         if reasons:
             raise ArgumentError(op, "arguments", "such as fit together", "; ".join(reasons))
 
@@ -275,7 +275,7 @@ def _kernel(
     if needs_grad(x, residual, weight, bias):
         y, new_mean, new_var = _BatchNorm.apply(x, residual, weight, bias, *args)
     else:
-        y, _, new_mean, new_var = _FWD(x, residual, weight, bias, *args)
+        y, _, new_mean, new_var = FORWARD(x, residual, weight, bias, *args)
     if training and running_mean is not None and running_var is not None:
         running_mean.copy_(new_mean)
         running_var.copy_(new_var)
@@ -313,7 +313,7 @@ def _fake_bwd(
     return _like(x, dx), _like(x, dresidual), _vector(weight, dweight, x), _vector(bias, dbias, x)
 
 
-_FWD = _library.define(
+FORWARD = _library.define(
     "batch_norm_fwd(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias,"
     " Tensor? running_mean, Tensor? running_var, bool training, float momentum, float eps,"
     " int activation, float negative_slope)"
@@ -327,8 +327,26 @@ _BWD = _library.define(
     " -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)",
     _fake_bwd,
 )
+# The steps between which sync_batch_norm exchanges what each process has found.
+MOMENTS = _library.define(
+    "batch_norm_moments(Tensor x) -> Tensor",
+    lambda x: x.new_empty((2, x.shape[1]), dtype=torch.float64),
+)
+SUMS = _library.define(
+    "batch_norm_sums(Tensor dy, Tensor x, Tensor stats) -> Tensor",
+    lambda dy, x, stats: x.new_empty((2, x.shape[1]), dtype=torch.float64),
+)
+DX = _library.define(
+    "batch_norm_dx(Tensor dy, Tensor x, Tensor? weight, Tensor stats, Tensor means) -> Tensor",
+    lambda dy, x, weight, stats, means: _like(x),
+)
 _library.launchers(
-    "udlkernels.normalization.batch_norm.kernels", "batch_norm_fwd", "batch_norm_bwd"
+    "udlkernels.normalization.batch_norm.kernels",
+    "batch_norm_fwd",
+    "batch_norm_bwd",
+    "batch_norm_moments",
+    "batch_norm_sums",
+    "batch_norm_dx",
 )
 _IDENTITY, _RELU, _LEAKY_RELU = range(3)
 
@@ -336,7 +354,7 @@ _IDENTITY, _RELU, _LEAKY_RELU = range(3)
 class _BatchNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Any, residual: Any, weight: Any, bias: Any, *args: Any) -> Any:
-        y, stats, new_mean, new_var = _FWD(x, residual, weight, bias, *args)
+        y, stats, new_mean, new_var = FORWARD(x, residual, weight, bias, *args)
         _, _, training, _, eps, act, slope = args
         kept_residual = kept_y = None
         if residual is not None and act != _IDENTITY:
