@@ -31,9 +31,11 @@ bool suggests_channels_last(const Tensor& x) {
 struct Form {
   explicit Form(const Tensor& x)
       : channels_last(suggests_channels_last(x)),
-        columns(channels_last || x.numel() == x.size(0) * x.size(1)) {}
+        columns(channels_last || x.numel() == x.size(0) * x.size(1)),
+        fold(columns ? fold_of(x.size(1), x.numel() / x.size(1)) : 1) {}
   bool channels_last;
   bool columns;
+  int64_t fold;
 };
 
 // An uninitialised result shaped and typed like x.
@@ -53,7 +55,8 @@ Tensor empty_in_form(const Tensor& x, const Form& form) {
 }
 
 // The tensor by channels, if it lies so in memory.
-bool see_channels(const Tensor& tensor, bool columns, Channels& out) {
+bool see_channels(const Tensor& tensor, const Form& form, Channels& out) {
+  const bool columns = form.columns;
   const auto sizes = tensor.sizes();
   const auto strides = tensor.strides();
   const int64_t dim = tensor.dim();
@@ -79,6 +82,11 @@ bool see_channels(const Tensor& tensor, bool columns, Channels& out) {
       rows.stride[rows.ndim++] = strides[d];
     }
   }
+  if (form.fold > 1) {
+    if (rows.ndim > 1 || rows.stride[0] != sizes[1]) return false;
+    rows.size[0] /= form.fold;
+    rows.stride[0] *= form.fold;
+  }
   if (rows.ndim == 0) rows.ndim = 1;
   return true;
 }
@@ -86,12 +94,12 @@ bool see_channels(const Tensor& tensor, bool columns, Channels& out) {
 // The tensor by channels; copied into `owner`, which must outlive the result, where it has to be.
 Channels channels_of(const Tensor& tensor, const Form& form, std::optional<Tensor>& owner) {
   Channels out;
-  if (!see_channels(tensor, form.columns, out)) {
+  if (!see_channels(tensor, form, out)) {
     const MemoryFormat format = !form.channels_last ? MemoryFormat::Contiguous
                                 : tensor.dim() == 4 ? MemoryFormat::ChannelsLast
                                                     : MemoryFormat::ChannelsLast3d;
     owner = torch::stable::contiguous(tensor, format);
-    STD_TORCH_CHECK(see_channels(*owner, form.columns, out), "udlkernels: no view by channels");
+    STD_TORCH_CHECK(see_channels(*owner, form, out), "udlkernels: no view by channels");
   }
   // One type serves what is read and what is written.
   out.data = const_cast<void*>((owner.has_value() ? *owner : tensor).const_data_ptr());
@@ -100,7 +108,7 @@ Channels channels_of(const Tensor& tensor, const Form& form, std::optional<Tenso
 
 Channels channels_of(Tensor& result, const Form& form) {
   Channels out;
-  see_channels(result, form.columns, out);
+  see_channels(result, form, out);
   out.data = result.mutable_data_ptr();
   return out;
 }
@@ -129,17 +137,18 @@ struct Call {
     args.columns = form.columns;
     args.channels = x.size(1);
     const int64_t per_channel = x.numel() / args.channels;
-    args.rows = form.columns ? per_channel : x.size(0);
-    args.length = per_channel / args.rows;
+    args.fold = form.fold;
+    args.rows = form.columns ? per_channel / form.fold : x.size(0);
+    args.length = per_channel / form.fold / args.rows;
     args.count = static_cast<double>(per_channel);
     cut_into_chunks(args);
     vector_bytes = args.channels * element_size(acc_dtype(args.dtype));
-    scratch = Scratch(2 * doubles() + (vectors + sums * args.chunks) * vector_bytes);
+    scratch = Scratch(2 * doubles() + (vectors + sums * args.chunks * args.fold) * vector_bytes);
     args.x = channels_of(x, form, x_owner);
   }
   double* take_doubles() { return reinterpret_cast<double*>(scratch.take(doubles())); }
   void* take_vector() { return scratch.take(vector_bytes); }
-  void* take_partials(int64_t sums) { return scratch.take(sums * args.chunks * vector_bytes); }
+  void* take_partials(int64_t sums) { return scratch.take(sums * args.chunks * args.fold * vector_bytes); }
 
   // The saved statistics [3, C]: mean, its remainder, inverse deviation.
   void use_stats(const Tensor& stats) {
@@ -148,8 +157,7 @@ struct Call {
     args.remainder = data + vector_bytes;
     args.rstd = data + 2 * vector_bytes;
   }
-  int64_t elements() const { return args.channels * args.rows * args.length; }
-  int64_t chunk_elements() const { return args.chunk_rows * args.length / args.pieces; }
+  int64_t elements() const { return args.columns_wide() * args.rows * args.length; }
 
   Form form;
   BatchNorm args;
@@ -165,7 +173,7 @@ using Kernel = void (*)(const BatchNorm&, int64_t, int64_t);
 
 int64_t channel_groups(const BatchNorm& args) {
   const int64_t together = args.columns ? kColumns : group_channels(args);
-  return (args.channels + together - 1) / together;
+  return (args.columns_wide() + together - 1) / together;
 }
 
 // The first step: sums of every chunk of every group.
@@ -177,14 +185,14 @@ void run_chunks(const Call& call, Kernel kernel) {
 }
 
 void run_channels(const Call& call, Kernel kernel) {
-  parallel_units(call.args.channels, 16 * call.args.chunks,
+  parallel_units(call.args.channels, 16 * call.args.chunks * call.args.fold,
                  [&](int64_t begin, int64_t end) { kernel(call.args, begin, end); });
 }
 
 // The last step: the writing, by chunks of planes or by rows.
 void run_writing(const Call& call, Kernel kernel) {
   if (!call.args.columns) return run_chunks(call, kernel);
-  parallel_units(call.args.rows, call.args.channels,
+  parallel_units(call.args.rows, call.args.columns_wide(),
                  [&](int64_t begin, int64_t end) { kernel(call.args, begin, end); });
 }
 
@@ -208,11 +216,12 @@ void run_whole_channels(const Call& call, Kernel planes, Kernel columns) {
     return parallel_units(groups, call.elements() / groups,
                           [&](int64_t begin, int64_t end) { planes(args, begin, end); });
   }
-  constexpr int64_t kBlock = 64;  // channels: whole cache lines for every element type
-  parallel_units((args.channels + kBlock - 1) / kBlock, kBlock * args.rows,
-                 [&](int64_t begin, int64_t end) {
-                   columns(args, begin * kBlock, std::min(end * kBlock, args.channels));
-                 });
+  const int64_t width = args.columns_wide();
+  // 64 columns: whole cache lines for every element type. Folded ones hold parts of all channels.
+  const int64_t block = args.fold > 1 ? width : 64;
+  parallel_units((width + block - 1) / block, block * args.rows, [&](int64_t begin, int64_t end) {
+    columns(args, begin * block, std::min(end * block, width));
+  });
 }
 
 void gather_moments(const Call& call) {

@@ -13,19 +13,29 @@ UDL_INLINE A* values(void* array) {
   return static_cast<A*>(array);
 }
 
-// Mean and squares of channels [begin, end), from [chunks, 3, C]: the rounded mean of a chunk, and
-// the sums of the deviations from it and of their squares.
+// Where the partial sums of `kinds` kinds of part k of a channel stand: chunk by chunk, and in each the
+// folds. The kinds are columns_wide() apart.
+template <class A>
+UDL_INLINE const A* part_of(const BatchNorm& args, int64_t kinds, int64_t k, int64_t c) {
+  return static_cast<const A*>(args.partials) + k / args.fold * kinds * args.columns_wide() +
+         k % args.fold * args.channels + c;
+}
+UDL_INLINE int64_t part_count(const BatchNorm& args, int64_t k) {
+  return chunk_of(args, k / args.fold).count();
+}
+
+// Mean and squares of channels [begin, end), from three kinds of partial sums: the rounded mean of a
+// part, and the sums of the deviations from it and of their squares.
 template <class A>
 void merge_moments(const BatchNorm& args, int64_t begin, int64_t end) {
-  const int64_t channels = args.channels;
-  const A* partials = static_cast<const A*>(args.partials);
+  const int64_t width = args.columns_wide(), parts = args.chunks * args.fold;
   for (int64_t c = begin; c < end; c += kBlock) {
     const int64_t n = end - c < kBlock ? end - c : kBlock;
     double mean[kBlock] = {}, squares[kBlock] = {};
-    for (int64_t k = 0; k < args.chunks; ++k) {
-      const double count = static_cast<double>(chunk_of(args, k).count());
-      const A* rounded = partials + 3 * k * channels + c;
-      const A* sum = rounded + channels;
+    for (int64_t k = 0; k < parts; ++k) {
+      const double count = static_cast<double>(part_count(args, k));
+      const A* rounded = part_of<A>(args, 3, k, c);
+      const A* sum = rounded + width;
       for (int64_t j = 0; j < n; ++j) {
         const double total = count * static_cast<double>(rounded[j]);
         // An infinite mean has no deviations.
@@ -33,11 +43,11 @@ void merge_moments(const BatchNorm& args, int64_t begin, int64_t end) {
       }
     }
     for (int64_t j = 0; j < n; ++j) mean[j] /= args.count;
-    for (int64_t k = 0; k < args.chunks; ++k) {
-      const double count = static_cast<double>(chunk_of(args, k).count());
-      const A* rounded = partials + 3 * k * channels + c;
-      const A* sum = rounded + channels;
-      const A* square = sum + channels;
+    for (int64_t k = 0; k < parts; ++k) {
+      const double count = static_cast<double>(part_count(args, k));
+      const A* rounded = part_of<A>(args, 3, k, c);
+      const A* sum = rounded + width;
+      const A* square = sum + width;
       for (int64_t j = 0; j < n; ++j) {
         const double s = static_cast<double>(sum[j]);
         const double between = (static_cast<double>(rounded[j]) - mean[j]) + s / count;
@@ -69,29 +79,38 @@ UDL_INLINE void set_affine(const BatchNorm& args, int64_t c) {
       static_cast<A>(static_cast<double>(value_of<A>(args.bias, c, 0)) - moved);
 }
 
+// use(value) for every element of a channel, until it returns false.
+template <class T, class Use>
+UDL_INLINE void for_elements(const BatchNorm& args, int64_t c, Use use) {
+  for (int64_t r = 0; r < args.rows; ++r) {
+    for (int64_t k = 0; k < args.fold; ++k) {
+      const T* x = args.x.at<T>(c + k * args.channels, r);
+      for (int64_t i = 0; i < args.length; ++i) {
+        if (!use(static_cast<double>(load_one(x + i)))) return;
+      }
+    }
+  }
+}
+
 // A channel of finite values whose squares overflow: everything is computed on x / largest. Returns
 // the inverse deviation, or NaN where the channel holds one or an infinity.
 template <class T>
 __attribute__((noinline)) double scaled_moments(const BatchNorm& args, int64_t c) {
   double largest = 0;
-  for (int64_t r = 0; r < args.rows; ++r) {
-    const T* x = args.x.at<T>(c, r);
-    for (int64_t i = 0; i < args.length; ++i) {
-      const double value = std::fabs(static_cast<double>(load_one(x + i)));
-      if (!(value - value == 0)) return NAN;
-      if (value > largest) largest = value;
-    }
-  }
+  for_elements<T>(args, c, [&](double x) UDL_LAMBDA {
+    const double value = std::fabs(x);
+    if (!(value <= largest)) largest = value;
+    return value - value == 0;
+  });
+  if (!(largest - largest == 0)) return NAN;
   double mean = 0, squares = 0;
   for (int pass = 0; pass < 2; ++pass) {
     double sum = 0;
-    for (int64_t r = 0; r < args.rows; ++r) {
-      const T* x = args.x.at<T>(c, r);
-      for (int64_t i = 0; i < args.length; ++i) {
-        const double d = static_cast<double>(load_one(x + i)) / largest - mean;
-        sum += pass == 0 ? d : d * d;
-      }
-    }
+    for_elements<T>(args, c, [&](double x) UDL_LAMBDA {
+      const double d = x / largest - mean;
+      sum += pass == 0 ? d : d * d;
+      return true;
+    });
     (pass == 0 ? mean : squares) = pass == 0 ? sum / args.count : sum;
   }
   args.batch_mean[c] = mean * largest;
@@ -125,16 +144,15 @@ void gradient_coefficients(const BatchNorm& args, int64_t begin, int64_t end) {
   }
 }
 
-// The sums of channels [begin, end), from [chunks, 2, C].
+// The sums of channels [begin, end), from two kinds of partial sums.
 template <class A>
 void merge_sums(const BatchNorm& args, int64_t begin, int64_t end) {
-  const A* partials = static_cast<const A*>(args.partials);
   for (int64_t c = begin; c < end; c += kBlock) {
     const int64_t n = end - c < kBlock ? end - c : kBlock;
     double g[kBlock] = {}, h[kBlock] = {};
-    for (int64_t k = 0; k < args.chunks; ++k) {
-      const A* g_part = partials + 2 * k * args.channels + c;
-      const A* h_part = g_part + args.channels;
+    for (int64_t k = 0; k < args.chunks * args.fold; ++k) {
+      const A* g_part = part_of<A>(args, 2, k, c);
+      const A* h_part = g_part + args.columns_wide();
       for (int64_t j = 0; j < n; ++j) {
         g[j] += static_cast<double>(g_part[j]);
         h[j] += static_cast<double>(h_part[j]);

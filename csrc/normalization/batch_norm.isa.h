@@ -82,29 +82,54 @@ struct OneChannel {
   A mean_, alpha_, shift_, rstd_, h_factor_, offset_;
 };
 
-// ... or those of n neighbouring channels from `first`, in the pack order of T.
+// A [C] array from `first` on, over and over for n columns, in the pack order of T.
+template <class T>
+class ChannelVector {
+  using A = acc_t<T>;
+
+ public:
+  ChannelVector(const void* array, int64_t channels, int64_t first, int64_t n)
+      : repeated_(repeat(static_cast<const A*>(array), channels, first + n)),
+        ordered_(repeated_ != nullptr ? repeated_
+                 : array != nullptr   ? static_cast<const A*>(array) + first
+                                      : nullptr,
+                 n) {}
+  ChannelVector(const ChannelVector&) = delete;
+  ChannelVector& operator=(const ChannelVector&) = delete;
+  ~ChannelVector() { delete[] repeated_; }
+  UDL_INLINE Pack<A> operator[](int64_t i) const { return load_ordered<T>(ordered_.data() + i); }
+
+ private:
+  static A* repeat(const A* array, int64_t channels, int64_t columns) {
+    if (array == nullptr || columns <= channels) return nullptr;
+    A* copy = new A[static_cast<size_t>(columns)];
+    for (int64_t i = 0; i < columns; ++i) copy[i] = array[i % channels];
+    return copy;
+  }
+  A* repeated_;
+  PackOrder<T> ordered_;
+};
+
+// ... or those of the n columns from `first`.
 template <class T>
 struct ManyChannels {
   using A = acc_t<T>;
   ManyChannels(const BatchNorm& args, int64_t first, int64_t n)
-      : mean_(from(args.mean, first), n),
-        alpha_(from(args.alpha, first), n),
-        shift_(from(args.shift, first), n),
-        rstd_(from(args.rstd, first), n),
-        h_factor_(from(args.h_factor, first), n),
-        offset_(from(args.offset, first), n) {}
-  UDL_INLINE Pack<A> mean(int64_t i) const { return load_ordered<T>(mean_.data() + i); }
-  UDL_INLINE Pack<A> alpha(int64_t i) const { return load_ordered<T>(alpha_.data() + i); }
-  UDL_INLINE Pack<A> shift(int64_t i) const { return load_ordered<T>(shift_.data() + i); }
-  UDL_INLINE Pack<A> rstd(int64_t i) const { return load_ordered<T>(rstd_.data() + i); }
-  UDL_INLINE Pack<A> h_factor(int64_t i) const { return load_ordered<T>(h_factor_.data() + i); }
-  UDL_INLINE Pack<A> offset(int64_t i) const { return load_ordered<T>(offset_.data() + i); }
+      : mean_(args.mean, args.channels, first, n),
+        alpha_(args.alpha, args.channels, first, n),
+        shift_(args.shift, args.channels, first, n),
+        rstd_(args.rstd, args.channels, first, n),
+        h_factor_(args.h_factor, args.channels, first, n),
+        offset_(args.offset, args.channels, first, n) {}
+  UDL_INLINE Pack<A> mean(int64_t i) const { return mean_[i]; }
+  UDL_INLINE Pack<A> alpha(int64_t i) const { return alpha_[i]; }
+  UDL_INLINE Pack<A> shift(int64_t i) const { return shift_[i]; }
+  UDL_INLINE Pack<A> rstd(int64_t i) const { return rstd_[i]; }
+  UDL_INLINE Pack<A> h_factor(int64_t i) const { return h_factor_[i]; }
+  UDL_INLINE Pack<A> offset(int64_t i) const { return offset_[i]; }
 
  private:
-  static const A* from(const void* array, int64_t first) {
-    return array != nullptr ? static_cast<const A*>(array) + first : nullptr;
-  }
-  PackOrder<T> mean_, alpha_, shift_, rstd_, h_factor_, offset_;
+  ChannelVector<T> mean_, alpha_, shift_, rstd_, h_factor_, offset_;
 };
 
 // Pointers to one run of elements; null where a tensor is absent.
@@ -122,22 +147,28 @@ struct Run {
   const T* dy;
   T *dx, *dresidual;
 
+  // The gradient before the activation is already where that to the residual belongs.
+  UDL_INLINE void take_stored_gradient() { dy = dresidual; }
+
  private:
   static T* run_of(const Channels& tensor, int64_t channel, int64_t row, int64_t begin) {
     return tensor.data != nullptr ? tensor.at<T>(channel, row) + begin : nullptr;
   }
 };
 
-// y of one run; `ahead` is what to fetch meanwhile.
-template <Kind kKind, class T, class Values>
-UDL_INLINE void write_run(const BatchNorm& args, const Run<T>& run, const T* ahead, int64_t n,
-                          const Values& values) {
+// y of K runs of the same channels; fetch(i) asks for what is needed next.
+template <Kind kKind, int K, class T, class Values, class Fetch>
+UDL_INLINE void write_runs(const BatchNorm& args, const Run<T> (&run)[K], int64_t n,
+                           const Values& values, Fetch fetch) {
   using A = acc_t<T>;
   for_packs<T>(n, [&, run](int64_t i, auto tag) UDL_LAMBDA {
-    prefetch_pack(ahead + i);
-    Pack<A> z = (load_pack(run.x + i, tag) - values.mean(i)) * values.alpha(i) + values.shift(i);
-    if (run.residual != nullptr) z = z + load_pack(run.residual + i, tag);
-    store_pack(run.y + i, apply_activation<kKind>(args, z), tag);
+    fetch(i);
+    const auto mean = values.mean(i), alpha = values.alpha(i), shift = values.shift(i);
+    for (int k = 0; k < K; ++k) {
+      Pack<A> z = (load_pack(run[k].x + i, tag) - mean) * alpha + shift;
+      if (run[0].residual != nullptr) z = z + load_pack(run[k].residual + i, tag);
+      store_pack(run[k].y + i, apply_activation<kKind>(args, z), tag);
+    }
   });
 }
 
@@ -147,7 +178,7 @@ UDL_INLINE Pack<acc_t<T>> gradient_pack(const BatchNorm& args, const Run<T>& run
                                         Pack<acc_t<T>> d, const Values& values, Tag tag) {
   using A = acc_t<T>;
   const Pack<A> dy = load_pack(run.dy + i, tag);
-  if (kKind == Kind::identity) return dy;
+  if constexpr (kKind == Kind::identity) return dy;
   Pack<A> pre;
   if (args.from_output) {
     pre = load_pack(static_cast<const T*>(run.y) + i, tag);
@@ -158,34 +189,43 @@ UDL_INLINE Pack<acc_t<T>> gradient_pack(const BatchNorm& args, const Run<T>& run
   return activation_gradient<kKind>(args, dy, pre);
 }
 
-// The two sums over a run, added to g_sum(i) and h_sum(i), which return references. Writes the
-// gradient to the residual, and with frozen statistics that to x.
-template <Kind kKind, class T, class Values, class Add>
-UDL_INLINE void sum_run(const BatchNorm& args, const Run<T>& run, int64_t n, const Values& values,
-                        Add add) {
+// Adds K runs, in their order, to the two sums: sums(i, add) calls add(g, h) with those of pack i.
+// Writes the gradient to the residual, and with frozen statistics that to x.
+template <Kind kKind, int K, class T, class Values, class Sums>
+UDL_INLINE void sum_runs(const BatchNorm& args, const Run<T> (&run)[K], int64_t n,
+                         const Values& values, Sums sums) {
   using A = acc_t<T>;
-  T* dx = args.frozen ? run.dx : nullptr;
-  for_packs<T>(n, [&, run, dx](int64_t i, auto tag) UDL_LAMBDA {
-    const Pack<A> d = load_pack(run.x + i, tag) - values.mean(i);
-    const Pack<A> g = gradient_pack<kKind>(args, run, i, d, values, tag);
-    if (run.dresidual != nullptr) store_pack(run.dresidual + i, g, tag);
-    if (dx != nullptr) store_pack(dx + i, g * values.alpha(i), tag);
-    add(i, g, keep<T>(g * d, tag));
+  const bool writes_dx = args.frozen && run[0].dx != nullptr;
+  for_packs<T>(n, [&, run, writes_dx](int64_t i, auto tag) UDL_LAMBDA {
+    const auto mean = values.mean(i);
+    sums(i, [&](Pack<A>& g_sum, Pack<A>& h_sum) UDL_LAMBDA {
+      for (int k = 0; k < K; ++k) {
+        const Pack<A> d = load_pack(run[k].x + i, tag) - mean;
+        const Pack<A> g = gradient_pack<kKind>(args, run[k], i, d, values, tag);
+        if (run[0].dresidual != nullptr) store_pack(run[k].dresidual + i, g, tag);
+        if (writes_dx) store_pack(run[k].dx + i, g * values.alpha(i), tag);
+        g_sum = g_sum + g;
+        h_sum = h_sum + keep<T>(g * d, tag);
+      }
+    });
   });
 }
 
-// dx of one run.
-template <Kind kKind, class T, class Values>
-UDL_INLINE void gradient_run(const BatchNorm& args, const Run<T>& run, const T* ahead_x,
-                             const T* ahead_dy, int64_t n, const Values& values) {
+// dx of K runs.
+template <Kind kKind, int K, class T, class Values, class Fetch>
+UDL_INLINE void gradient_runs(const BatchNorm& args, const Run<T> (&run)[K], int64_t n,
+                              const Values& values, Fetch fetch) {
   using A = acc_t<T>;
   for_packs<T>(n, [&, run](int64_t i, auto tag) UDL_LAMBDA {
-    prefetch_pack(ahead_x + i);
-    prefetch_pack(ahead_dy + i);
-    const Pack<A> d = load_pack(run.x + i, tag) - values.mean(i);
-    const Pack<A> g = gradient_pack<kKind>(args, run, i, d, values, tag);
-    const Pack<A> u = g + (d * values.rstd(i)) * values.h_factor(i);
-    store_pack(run.dx + i, u * values.alpha(i) + values.offset(i), tag);
+    fetch(i);
+    const auto mean = values.mean(i), rstd = values.rstd(i), alpha = values.alpha(i);
+    const auto h_factor = values.h_factor(i), offset = values.offset(i);
+    for (int k = 0; k < K; ++k) {
+      const Pack<A> d = load_pack(run[k].x + i, tag) - mean;
+      const Pack<A> g = gradient_pack<kKind>(args, run[k], i, d, values, tag);
+      const Pack<A> u = g + (d * rstd) * h_factor;
+      store_pack(run[k].dx + i, u * alpha + offset, tag);
+    }
   });
 }
 

@@ -94,9 +94,10 @@ template <Kind kKind, class T>
 void write_chunk(const BatchNorm& args, const Group& group, const Group& next, int64_t index) {
   const Chunk chunk = chunk_of(args, index);
   for_runs(group, chunk, [&](int64_t c, int64_t r) UDL_LAMBDA {
-    const Run<T> run(args, c, r, chunk.begin);
-    const T* ahead = ahead_of(args.x, group, next, c, r, chunk.begin, run.x);
-    write_run<kKind>(args, run, ahead, chunk.n, OneChannel<T>(args, c));
+    const Run<T> run[1] = {{args, c, r, chunk.begin}};
+    const T* ahead = ahead_of(args.x, group, next, c, r, chunk.begin, run[0].x);
+    write_runs<kKind>(args, run, chunk.n, OneChannel<T>(args, c),
+                      [=](int64_t i) UDL_LAMBDA { prefetch_pack(ahead + i); });
   });
 }
 
@@ -110,11 +111,9 @@ void chunk_sums(const BatchNorm& args, const Group& group, int64_t index) {
   for_runs(group, chunk, [&](int64_t c, int64_t r) UDL_LAMBDA {
     const int64_t k = c - group.first;
     Pack<A> s = g[k], t = h[k];
-    sum_run<kKind>(args, Run<T>(args, c, r, chunk.begin), chunk.n, OneChannel<T>(args, c),
-                   [&](int64_t, Pack<A> a, Pack<A> b) UDL_LAMBDA {
-                     s = s + a;
-                     t = t + b;
-                   });
+    const Run<T> run[1] = {{args, c, r, chunk.begin}};
+    sum_runs<kKind>(args, run, chunk.n, OneChannel<T>(args, c),
+                    [&](int64_t, auto add) UDL_LAMBDA { add(s, t); });
     g[k] = s;
     h[k] = t;
   });
@@ -129,14 +128,19 @@ template <Kind kKind, class T>
 void gradient_chunk(const BatchNorm& args, const Group& group, const Group& next, int64_t index) {
   const Chunk chunk = chunk_of(args, index);
   for_runs(group, chunk, [&](int64_t c, int64_t r) UDL_LAMBDA {
-    Run<T> run(args, c, r, chunk.begin);
-    const T* x = ahead_of(args.x, group, next, c, r, chunk.begin, run.x);
-    const T* dy = ahead_of(args.dy, group, next, c, r, chunk.begin, run.dy);
-    if (run.dresidual != nullptr) {  // g is there already
-      run.dy = run.dresidual;
-      gradient_run<Kind::identity>(args, run, x, dy, chunk.n, OneChannel<T>(args, c));
+    Run<T> run[1] = {{args, c, r, chunk.begin}};
+    const T* x = ahead_of(args.x, group, next, c, r, chunk.begin, run[0].x);
+    const T* dy = ahead_of(args.dy, group, next, c, r, chunk.begin, run[0].dy);
+    const OneChannel<T> values(args, c);
+    const auto fetch = [=](int64_t i) UDL_LAMBDA {
+      prefetch_pack(x + i);
+      prefetch_pack(dy + i);
+    };
+    if (run[0].dresidual != nullptr) {
+      run[0].take_stored_gradient();
+      gradient_runs<Kind::identity>(args, run, chunk.n, values, fetch);
     } else {
-      gradient_run<kKind>(args, run, x, dy, chunk.n, OneChannel<T>(args, c));
+      gradient_runs<kKind>(args, run, chunk.n, values, fetch);
     }
   });
 }

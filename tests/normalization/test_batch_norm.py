@@ -42,7 +42,7 @@ def test_values_and_gradients(every_backend, dtype):
 
 @pytest.mark.parametrize("layout", testing.LAYOUTS)
 def test_layouts(backend, dtype, layout):
-    for shape in [(2, 3, 4, 5)] if backend.small else [(6, 24, 5, 7), (33, 20), (4, 17, 50)]:
+    for shape in [(2, 3, 4, 5)] if backend.small else [(6, 24, 5, 7), (8, 3, 16, 18), (33, 20), (4, 17, 50)]:
         if layout == "expanded" and len(shape) == 2:
             continue  # one value a channel: float64 cancels, the oracle has no more digits
         testing.compare(_kernel, _oracle, [_torch], _inputs(shape, dtype, backend.device, layout))
@@ -168,7 +168,7 @@ def test_opcheck():
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_same_bits_at_any_thread_count(dtype_any, layout):
-    for shape in [(16, 24, 20, 20), (700, 33), (5, 3, 1000)]:
+    for shape in [(16, 24, 20, 20), (32, 3, 40, 40), (700, 33), (5, 3, 1000)]:
         assert_deterministic(_kernel, _inputs(shape, dtype_any, layout=layout))
 
 
