@@ -79,17 +79,17 @@ void run_columns(const ActNorm& args, int64_t begin, int64_t end) {
   using A = acc_t<T>;
   const int64_t n = args.n, width = args.dy.data != nullptr ? whole_packs<T>(n) : 0;
   const PackOrder<T> scale(args.scale, n), bias(args.bias, n);
-  A* sums = new A[static_cast<size_t>(2 * width)];
+  Array<A> array(2 * width);
+  A* sums = array.data();
   const Lines<T> lines{scale.data(), bias.data(), sums, sums + width};
   for (int64_t chunk = begin; chunk < end; ++chunk) {
-    std::memset(sums, 0, static_cast<size_t>(2 * width) * sizeof(A));
+    array.clear();
     const int64_t first = chunk * args.chunk_rows, last = first + args.chunk_rows;
     for (int64_t row = first; row < last && row < args.rows; ++row) column_row(args, row, lines);
     if (width == 0) continue;
     from_pack_order<T>(lines.sums, static_cast<A*>(args.dy_sums) + chunk * n, n);
     from_pack_order<T>(lines.products, static_cast<A*>(args.product_sums) + chunk * n, n);
   }
-  delete[] sums;
 }
 
 }  // namespace

@@ -89,24 +89,18 @@ class ChannelVector {
 
  public:
   ChannelVector(const void* array, int64_t channels, int64_t first, int64_t n)
-      : repeated_(repeat(static_cast<const A*>(array), channels, first + n)),
-        ordered_(repeated_ != nullptr ? repeated_
-                 : array != nullptr   ? static_cast<const A*>(array) + first
-                                      : nullptr,
-                 n) {}
-  ChannelVector(const ChannelVector&) = delete;
-  ChannelVector& operator=(const ChannelVector&) = delete;
-  ~ChannelVector() { delete[] repeated_; }
+      : repeated_(array != nullptr && n > channels ? n : 0),
+        ordered_(repeat(static_cast<const A*>(array), channels, first, n), n) {}
   UDL_INLINE Pack<A> operator[](int64_t i) const { return load_ordered<T>(ordered_.data() + i); }
 
  private:
-  static A* repeat(const A* array, int64_t channels, int64_t columns) {
-    if (array == nullptr || columns <= channels) return nullptr;
-    A* copy = new A[static_cast<size_t>(columns)];
-    for (int64_t i = 0; i < columns; ++i) copy[i] = array[i % channels];
-    return copy;
+  const A* repeat(const A* array, int64_t channels, int64_t first, int64_t n) {
+    if (array == nullptr) return nullptr;
+    if (n <= channels) return array + first;
+    for (int64_t i = 0; i < n; ++i) repeated_.data()[i] = array[i % channels];
+    return repeated_.data();
   }
-  A* repeated_;
+  Array<A> repeated_;
   PackOrder<T> ordered_;
 };
 

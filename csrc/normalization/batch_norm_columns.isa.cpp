@@ -65,7 +65,7 @@ template <class T>
 void chunk_moments(const BatchNorm& args, int64_t first, int64_t n, int64_t index) {
   using A = acc_t<T>;
   const Chunk chunk = chunk_of(args, index);
-  A mean[kColumns], sum[kColumns], squares[kColumns];
+  UDL_LINES A mean[kColumns], sum[kColumns], squares[kColumns];
   clear<T>(n, mean, sum, squares);
   for_row_groups<kSumRows>(true, chunk.first_row, chunk.last_row, [&](int64_t r, auto count) UDL_LAMBDA {
     constexpr int K = decltype(count)::value;
@@ -117,7 +117,7 @@ void chunk_sums(const BatchNorm& args, const ManyChannels<T>& values, int64_t fi
                 int64_t index) {
   using A = acc_t<T>;
   const Chunk chunk = chunk_of(args, index);
-  A g[kColumns], h[kColumns];
+  UDL_LINES A g[kColumns], h[kColumns];
   clear<T>(n, g, h);
   const bool together = rows_together(args, 2);
   for_row_groups<kRows>(together, chunk.first_row, chunk.last_row, [&](int64_t r, auto k) UDL_LAMBDA {

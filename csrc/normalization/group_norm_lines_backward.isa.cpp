@@ -16,14 +16,14 @@ UDL_INLINE void add_rows(const GroupNormBackward& args, int64_t n, int64_t p,
   const RowPointers<const T, kCount> x(args.x.at<T>(n, 0, p), args.x.position);
   for_packs<T>(args.channels, [=](int64_t c, auto tag) UDL_LAMBDA {
     const Pack<A> centre = load_ordered<T>(mean + c);
-    Pack<A> s1{}, s2{};
+    Pack<A> s1 = load_ordered<T>(g_sums + c), s2 = load_ordered<T>(deviation_sums + c);
     for (int k = 0; k < kCount; ++k) {
       const Pack<A> g = load_pack(dy.at[k] + c, tag);
       s1 = s1 + g;
       s2 = s2 + g * (load_pack(x.at[k] + c, tag) - centre);
     }
-    store_ordered<T>(g_sums + c, load_ordered<T>(g_sums + c) + s1);
-    store_ordered<T>(deviation_sums + c, load_ordered<T>(deviation_sums + c) + s2);
+    store_ordered<T>(g_sums + c, s1);
+    store_ordered<T>(deviation_sums + c, s2);
   });
 }
 
@@ -32,7 +32,7 @@ template <int kCount, class T>
 void add_activated(const GroupNormBackward& args, int64_t n, int64_t p,
                    ChannelVectors<T>& vectors, acc_t<T>* g_sums, acc_t<T>* deviation_sums) {
   using A = acc_t<T>;
-  A scratch[kScratch];
+  UDL_LINES A scratch[kScratch];
   const int64_t C = args.channels;
   for (int64_t c = 0; c < C; c += kScratchChannels<T>) {
     const int64_t channels = least(kScratchChannels<T>, C - c), row = whole_packs<T>(channels);
@@ -45,7 +45,8 @@ void add_activated(const GroupNormBackward& args, int64_t n, int64_t p,
     const A* block = scratch;
     for_packs<T>(channels, [=, &vectors](int64_t i, auto tag) UDL_LAMBDA {
       const Pack<A> centre = load_ordered<T>(vectors[0] + c + i);
-      Pack<A> s1{}, s2{};
+      A *g_sum = g_sums + c + i, *deviation_sum = deviation_sums + c + i;
+      Pack<A> s1 = load_ordered<T>(g_sum), s2 = load_ordered<T>(deviation_sum);
       for (int k = 0; k < kCount; ++k) {
         const Pack<A> g =
             load_pack(dy.at[k] + i, tag) * load_ordered<T>(block + k * row + i);
@@ -53,9 +54,8 @@ void add_activated(const GroupNormBackward& args, int64_t n, int64_t p,
         s1 = s1 + g;
         s2 = s2 + g * (load_pack(x.at[k] + i, tag) - centre);
       }
-      A *g_sum = g_sums + c + i, *deviation_sum = deviation_sums + c + i;
-      store_ordered<T>(g_sum, load_ordered<T>(g_sum) + s1);
-      store_ordered<T>(deviation_sum, load_ordered<T>(deviation_sum) + s2);
+      store_ordered<T>(g_sum, s1);
+      store_ordered<T>(deviation_sum, s2);
     });
   }
 }
@@ -67,7 +67,7 @@ void chunk_sums(const GroupNormBackward& args, const Chunk& chunk, ChannelVector
   sums.clear(2);
   A *g_sums = sums[0], *deviation_sums = sums[1];
   const bool activated = args.act != Activation::identity;
-  for_rows(chunk.first, chunk.last, [&](int64_t p, auto rows) UDL_LAMBDA {
+  for_rows(rows_together(args, 2), chunk.first, chunk.last, [&](int64_t p, auto rows) UDL_LAMBDA {
     constexpr int kCount = decltype(rows)::value;
     if (activated) {
       add_activated<kCount>(args, chunk.n, p, vectors, g_sums, deviation_sums);
@@ -187,7 +187,7 @@ void dx_chunks(const GroupNormBackward& args, int64_t begin, int64_t end, Vector
       sample_factors(args, chunk.n, vectors.work);
       vectors.work.arrange(3);
     }
-    for_rows(chunk.first, chunk.last, [&](int64_t p, auto rows) UDL_LAMBDA {
+    for_rows(rows_together(args, 2), chunk.first, chunk.last, [&](int64_t p, auto rows) UDL_LAMBDA {
       dx_rows<decltype(rows)::value>(args, chunk.n, p, vectors.affine, vectors.work);
     });
   }

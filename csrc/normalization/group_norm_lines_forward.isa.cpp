@@ -15,15 +15,14 @@ UDL_INLINE void add_rows(const T* x, int64_t stride, int64_t channels, const acc
   const RowPointers<const T, kCount> rows(x, stride);
   for_packs<T>(channels, [=](int64_t c, auto tag) UDL_LAMBDA {
     const Pack<A> centre = load_ordered<T>(around + c);
-    const Pack<A> first = load_pack(rows.at[0] + c, tag) - centre;
-    Pack<A> sum = first, square = first * first;
-    for (int k = 1; k < kCount; ++k) {
+    Pack<A> sum = load_ordered<T>(sums + c), square = load_ordered<T>(squares + c);
+    for (int k = 0; k < kCount; ++k) {
       const Pack<A> d = load_pack(rows.at[k] + c, tag) - centre;
       sum = sum + d;
       square = square + d * d;
     }
-    store_ordered<T>(sums + c, load_ordered<T>(sums + c) + sum);
-    store_ordered<T>(squares + c, load_ordered<T>(squares + c) + square);
+    store_ordered<T>(sums + c, sum);
+    store_ordered<T>(squares + c, square);
   });
 }
 
@@ -33,7 +32,7 @@ void sum_around(const GroupNormForward& args, const Chunk& chunk, int64_t last,
   using A = acc_t<T>;
   A *around = vectors[0], *sums = vectors[1], *squares = vectors[2];
   std::memset(sums, 0, static_cast<size_t>(2 * (squares - sums)) * sizeof(A));
-  for_rows(chunk.first, last, [&](int64_t p, auto rows) UDL_LAMBDA {
+  for_rows(rows_together(args, 1), chunk.first, last, [&](int64_t p, auto rows) UDL_LAMBDA {
     add_rows<decltype(rows)::value>(args.x.at<T>(chunk.n, 0, p), args.x.position, args.channels,
                                     static_cast<const A*>(around), sums, squares);
   });
@@ -127,7 +126,7 @@ template <int kCount, class T>
 void write_activated(const GroupNormForward& args, int64_t n, int64_t p,
                      ChannelVectors<T>& vectors) {
   using A = acc_t<T>;
-  A scratch[kScratch];
+  UDL_LINES A scratch[kScratch];
   const int64_t C = args.channels;
   for (int64_t c = 0; c < C; c += kScratchChannels<T>) {
     const int64_t channels = least(kScratchChannels<T>, C - c), row = whole_packs<T>(channels);
@@ -146,7 +145,7 @@ void write_activated(const GroupNormForward& args, int64_t n, int64_t p,
 template <class T>
 void write_chunk(const GroupNormForward& args, const Chunk& chunk, ChannelVectors<T>& vectors) {
   const bool direct = args.act == Activation::identity && args.residual.data == nullptr;
-  for_rows(chunk.first, chunk.last, [&](int64_t p, auto rows) UDL_LAMBDA {
+  for_rows(rows_together(args, 1), chunk.first, chunk.last, [&](int64_t p, auto rows) UDL_LAMBDA {
     if (direct) {
       write_rows<decltype(rows)::value>(args, chunk.n, p, vectors);
     } else {

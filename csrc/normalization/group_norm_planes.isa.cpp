@@ -123,7 +123,7 @@ template <class T>
 void write_activated(const GroupNormSizes& args, const Stretch<T>& s,
                      const Affine<acc_t<T>>& affine) {
   using A = acc_t<T>;
-  A scratch[kScratch];
+  UDL_LINES A scratch[kScratch];
   for (int64_t first = 0; first < s.n; first += kScratch) {
     const int64_t n = least(s.n - first, kScratch);
     fill_scratch(s, first, n, affine, scratch);
@@ -218,7 +218,7 @@ ChannelSums sum_activated(const GroupNormSizes& args, const T* dy, const Stretch
                                     const Affine<acc_t<T>>& affine) {
   using A = acc_t<T>;
   ChannelSums sums;
-  A scratch[kScratch];
+  UDL_LINES A scratch[kScratch];
   for (int64_t first = 0; first < s.n; first += kScratch) {
     const int64_t n = least(s.n - first, kScratch);
     fill_scratch(s, first, n, affine, scratch);

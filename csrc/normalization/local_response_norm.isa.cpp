@@ -16,14 +16,11 @@ class SlidingSum {
   static constexpr int64_t kWidth = LocalResponseNorm::kBlock;
 
   explicit SlidingSum(int64_t size)
-      : lines_(new A[static_cast<size_t>((size + 2) * kWidth)]), size_(size) {}
-  SlidingSum(const SlidingSum&) = delete;
-  SlidingSum& operator=(const SlidingSum&) = delete;
-  ~SlidingSum() { delete[] lines_; }
+      : array_((size + 2) * kWidth), lines_(array_.data()), size_(size) {}
 
   // As after `zeros` lines of zeros, zeros < size.
   void start(int64_t zeros) {
-    std::memset(lines_, 0, static_cast<size_t>((size_ + 2) * kWidth) * sizeof(A));
+    array_.clear();
     line_ = zeros;
   }
   // Adds one pack of the current line and returns its window's sum.
@@ -49,6 +46,7 @@ class SlidingSum {
   }
 
  private:
+  Array<A> array_;
   A* lines_;  // [size + 2, kWidth]: a group, a line of zeros, the running sum of the group
   int64_t size_;
   int64_t line_ = 0;
@@ -168,7 +166,7 @@ void run_planes(const LocalResponseNorm& args, int64_t begin, int64_t end) {
   const int64_t size = args.before + args.after + 1, units = args.units_per_sample();
   const bool backward = args.dy.data != nullptr;
   SlidingSum<T> squares(size), products(backward ? size : 0);
-  A* direct = new A[static_cast<size_t>(backward ? (args.before + 1) * kWidth : 0)];
+  const Array<A> direct(backward ? (args.before + 1) * kWidth : 0);
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t sample = unit / units, first = unit % units * kWidth;
     const int64_t rest = args.x.positions - first;
@@ -180,14 +178,13 @@ void run_planes(const LocalResponseNorm& args, int64_t begin, int64_t end) {
                         args.x.step,
                         args.dy.step,
                         args.x.positions};
-    const vec_t<A> largest = backward ? backward_block(args, block, squares, products, direct)
+    const vec_t<A> largest = backward ? backward_block(args, block, squares, products, direct.data())
                                       : forward_block(args, block, squares);
     if (sizeof(A) == 4 && any_above<A>(largest, kLargestSum)) {
       redo_block<T>(args, block.width, block.x, {block.x_step, 1}, block.dy, {block.dy_step, 1},
                     block.out, {block.out_step, 1});
     }
   }
-  delete[] direct;
 }
 
 }  // namespace

@@ -60,7 +60,8 @@ __attribute__((noinline)) void redo_block(const LocalResponseNorm& args, int64_t
                                           const T* x, BlockStrides x_at, const T* dy,
                                           BlockStrides dy_at, T* out, BlockStrides out_at) {
   const int64_t channels = args.x.channels;
-  double* s = new double[static_cast<size_t>(3 * channels)];
+  const Array<double> array(3 * channels);
+  double* s = array.data();
   double *value = s + channels, *q = value + channels;
   for (int64_t p = 0; p < positions; ++p) {
     for (int64_t c = 0; c < channels; ++c) {
@@ -91,7 +92,6 @@ __attribute__((noinline)) void redo_block(const LocalResponseNorm& args, int64_t
       store_one(out + c * out_at.channel + p * out_at.position, static_cast<acc_t<T>>(result));
     }
   }
-  delete[] s;
 }
 
 }  // namespace

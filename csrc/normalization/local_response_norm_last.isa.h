@@ -106,7 +106,8 @@ void run_last(const LocalResponseNorm& args, int64_t begin, int64_t end) {
   Tile<A> tile;
   tile.stride = channels + size - 1;
   tile.capacity = block * tile.stride + 2 * size + 4 * kLanes<A>;
-  tile.flat = new A[static_cast<size_t>((backward ? 3 : 2) * tile.capacity)];
+  const Array<A> array((backward ? 3 : 2) * tile.capacity);
+  tile.flat = array.data();
   tile.window = tile.flat + tile.capacity;
   tile.direct = backward ? tile.window + tile.capacity : nullptr;
   for (int64_t unit = begin; unit < end; ++unit) {
@@ -120,7 +121,6 @@ void run_last(const LocalResponseNorm& args, int64_t begin, int64_t end) {
       redo_block<T>(args, rows, x, {1, args.x.step}, dy, {1, args.dy.step}, out, {1, channels});
     }
   }
-  delete[] tile.flat;
 }
 
 }  // namespace

@@ -47,10 +47,10 @@ struct RowNormBackward {
 
 // Rows a chunk of the weight gradient takes: a function of the width alone, so that the order of
 // the sum never depends on the machine or on the other rows. 64 rows cost nothing against one long
-// sum at widths up to 2048; wider rows take fewer, for more chunks to share out.
+// sum at widths up to 2048; wider rows take fewer, for more chunks to share out. Even, for pairs.
 UDL_ALWAYS_INLINE int64_t row_norm_chunk_rows(int64_t n) {
   const int64_t rows = 131072 / (n > 0 ? n : 1);
-  return rows > 64 ? 64 : rows < 8 ? 8 : rows;
+  return rows > 64 ? 64 : rows < 8 ? 8 : rows / 2 * 2;
 }
 
 }  // namespace udl

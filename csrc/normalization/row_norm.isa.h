@@ -16,8 +16,8 @@ UDL_INLINE bool is_wide(int64_t n) {
   return n * static_cast<int64_t>(sizeof(T)) >= 8192;
 }
 
-// Whether to fetch the next row while one is written: 1.4 times faster where all fits the L2 cache,
-// 1.3 times slower from memory.
+// Whether to fetch the row after the next while one is written: 1.4 times faster where all fits the L2
+// cache, 1.3 times slower from memory.
 UDL_INLINE bool fetches_ahead(int64_t bytes_of_all_rows) { return bytes_of_all_rows <= 1 << 20; }
 
 // Sums over wider rows are added up from pieces of this width, which bounds their rounding error.
@@ -120,7 +120,8 @@ template <bool kCenter, class T>
 __attribute__((noinline)) Moments<acc_t<T>> scaled_row(const RowNormForward& args, const T* x, T* y,
                                                        acc_t<T> largest) {
   using A = acc_t<T>;
-  A* scaled = new A[static_cast<size_t>(args.n)];
+  Array<A> array(args.n);
+  A* scaled = array.data();
   for (int64_t i = 0; i < args.n; ++i) scaled[i] = load_one(x + i) / largest;
   const A first = first_moment<kCenter, false>(static_cast<const A*>(scaled), args.n, scaled);
   const A mean = kCenter ? first : A(0);
@@ -135,7 +136,6 @@ __attribute__((noinline)) Moments<acc_t<T>> scaled_row(const RowNormForward& arg
     if (weight != nullptr) value *= weight[i];
     store_one(y + i, bias != nullptr ? value + bias[i] : value);
   }
-  delete[] scaled;
   return {mean * largest, rstd / largest};
 }
 
@@ -145,7 +145,7 @@ constexpr int kDropoutBlock = 64;  // elements whose random words are drawn toge
 template <class T, class Body>
 UDL_INLINE void for_dropout_packs(const Dropout& dropout, int64_t row, int64_t n, Body body) {
   using A = acc_t<T>;
-  A factors[kDropoutBlock], ordered[kDropoutBlock];
+  UDL_LINES A factors[kDropoutBlock], ordered[kDropoutBlock];
   for (int64_t start = 0; start < n; start += kDropoutBlock) {
     dropout_factors<kDropoutBlock / 4>(dropout, row, start / 4, factors);
     to_pack_order<T>(factors, ordered, kDropoutBlock);
@@ -262,46 +262,69 @@ struct BackwardRow {
   acc_t<T> mean, rstd, g_mean, h_mean;
 };
 
-template <bool kCenter, bool kWeight, class T>
-BackwardRow<T> start_gradient(const RowNormBackward& args, int64_t r, const acc_t<T>* weight) {
+template <bool kCenter, class T>
+BackwardRow<T> gradient_row(const RowNormBackward& args, int64_t r) {
   using A = acc_t<T>;
-  BackwardRow<T> row{args.dy.row<T>(r),
-                     args.x.row<T>(r),
-                     args.ds.data != nullptr ? args.ds.row<T>(r) : nullptr,
-                     args.dx != nullptr ? static_cast<T*>(args.dx) + r * args.n : nullptr,
-                     kCenter ? static_cast<const A*>(args.mean)[r] : A(0),
-                     static_cast<const A*>(args.rstd)[r],
-                     0,
-                     0};
-  if (row.dx == nullptr) return row;
-  Pack<A> g_sum{}, h_sum{};
-  const bool wide = is_wide<T>(args.n);
-  for_packs<T>(args.n, [&g_sum, &h_sum, row, weight, wide](int64_t i, auto tag) UDL_LAMBDA {
-    if (wide) prefetch_pack_write(row.dx + i);
-    Pack<A> g = load_pack(row.dy + i, tag);
-    if (kWeight) g = g * load_ordered<T>(weight + i);
-    if (kCenter) g_sum = g_sum + g;
-    h_sum = h_sum + g * normalise<kCenter, T>(load_pack(row.x + i, tag), row.mean, row.rstd);
-  });
-  const A n = static_cast<A>(args.n);
-  if (kCenter) row.g_mean = sum_lanes(g_sum.a + g_sum.b) / n;
-  row.h_mean = sum_lanes(h_sum.a + h_sum.b) / n;
-  return row;
+  return {args.dy.row<T>(r),
+          args.x.row<T>(r),
+          args.ds.data != nullptr ? args.ds.row<T>(r) : nullptr,
+          args.dx != nullptr ? static_cast<T*>(args.dx) + r * args.n : nullptr,
+          kCenter ? static_cast<const A*>(args.mean)[r] : A(0),
+          static_cast<const A*>(args.rstd)[r],
+          0,
+          0};
+}
+
+// The sums behind the two means of a row, one pack after another.
+template <class A>
+struct GradientSums {
+  Pack<A> g{}, h{};
+};
+
+template <bool kCenter, bool kWide, class T, class Tag>
+UDL_INLINE void add_gradient(GradientSums<acc_t<T>>& sums, const BackwardRow<T>& row, int64_t i,
+                             const Pack<acc_t<T>>* w, Tag tag) {
+  if (kWide) prefetch_pack_write(row.dx + i);
+  Pack<acc_t<T>> g = load_pack(row.dy + i, tag);
+  if (w != nullptr) g = g * *w;
+  if (kCenter) sums.g = sums.g + g;
+  sums.h = sums.h + g * normalise<kCenter, T>(load_pack(row.x + i, tag), row.mean, row.rstd);
+}
+
+template <bool kCenter, class T>
+UDL_INLINE void finish_gradient(BackwardRow<T>& row, const GradientSums<acc_t<T>>& sums, int64_t n) {
+  const acc_t<T> count = static_cast<acc_t<T>>(n);
+  if (kCenter) row.g_mean = sum_lanes(sums.g.a + sums.g.b) / count;
+  row.h_mean = sum_lanes(sums.h.a + sums.h.b) / count;
+}
+
+// The means of kRows rows, for which nothing else is to be done meanwhile.
+template <bool kCenter, bool kWeight, bool kWide, int kRows, class T>
+void gather_rows(const RowNormBackward& args, BackwardRow<T>* rows, const acc_t<T>* weight) {
+  using A = acc_t<T>;
+  for (int k = 0; k < kRows; ++k) {
+    const BackwardRow<T> row = rows[k];
+    GradientSums<A> sums;
+    for_packs<T>(args.n, [&sums, row, weight](int64_t i, auto tag) UDL_LAMBDA {
+      Pack<A> w{};
+      if (kWeight) w = load_ordered<T>(weight + i);
+      add_gradient<kCenter, kWide>(sums, row, i, kWeight ? &w : nullptr, tag);
+    });
+    finish_gradient<kCenter>(rows[k], sums, args.n);
+  }
 }
 
 // Gradients of kRows rows together, so that the sums of the weight gradients are loaded and stored
-// once for all of them; they are added in the order of the rows.
-template <bool kCenter, bool kWeight, bool kSums, int kRows, class T>
-void backward_rows(const RowNormBackward& args, int64_t first, int64_t ahead,
+// once for all of them; they are added in the order of the rows. Meanwhile (kNext) the means of the
+// kRows rows in `next` are gathered: memory is read all the time, not only between the writes.
+template <bool kCenter, bool kWeight, bool kSums, bool kWide, bool kNext, int kRows, class T>
+void backward_rows(const RowNormBackward& args, const BackwardRow<T>* current, BackwardRow<T>* next,
                    const acc_t<T>* weight, acc_t<T>* dweight, acc_t<T>* dbias) {
   using A = acc_t<T>;
-  BackwardRow<T> rows[kRows];
-  const T *next_dy[kRows], *next_x[kRows];
-  for (int k = 0; k < kRows; ++k) {
-    rows[k] = start_gradient<kCenter, kWeight, T>(args, first + k, weight);
-    next_dy[k] = args.dy.row<T>(ahead + k);
-    next_x[k] = args.x.row<T>(ahead + k);
-  }
+  BackwardRow<T> rows[kRows], later[kRows];
+  GradientSums<A> sums[kRows];
+  for (int k = 0; k < kRows; ++k) rows[k] = current[k];
+  for (int k = 0; k < kRows && kNext; ++k) later[k] = next[k];
   for_packs<T>(args.n, [&, weight, dweight, dbias](int64_t i, auto tag) UDL_LAMBDA {
     Pack<A> dw{}, db{}, w{};
     if (kSums) dw = load_ordered<T>(dweight + i);
@@ -309,8 +332,6 @@ void backward_rows(const RowNormBackward& args, int64_t first, int64_t ahead,
     if (kWeight) w = load_ordered<T>(weight + i);
     for (int k = 0; k < kRows; ++k) {
       const BackwardRow<T>& row = rows[k];
-      prefetch_pack(next_dy[k] + i);
-      prefetch_pack(next_x[k] + i);
       const Pack<A> d = load_pack(row.dy + i, tag);
       const Pack<A> x_hat =
           normalise<kCenter, T>(load_pack(row.x + i, tag), row.mean, row.rstd);
@@ -323,9 +344,13 @@ void backward_rows(const RowNormBackward& args, int64_t first, int64_t ahead,
       if (row.ds != nullptr) out = out + load_pack(row.ds + i, tag);
       store_pack(row.dx + i, out, tag);
     }
+    for (int k = 0; k < kRows && kNext; ++k) {
+      add_gradient<kCenter, kWide>(sums[k], later[k], i, kWeight ? &w : nullptr, tag);
+    }
     if (kSums) store_ordered<T>(dweight + i, dw);
     if (kSums && kCenter) store_ordered<T>(dbias + i, db);
   });
+  for (int k = 0; k < kRows && kNext; ++k) finish_gradient<kCenter>(next[k], sums[k], args.n);
 }
 
 // Gradient to x of s = residual + dropout(x): the gradient to s through the same mask.
@@ -339,44 +364,71 @@ void drop_gradient_row(const RowNormBackward& args, int64_t row) {
                        });
 }
 
+// Rows [begin, end), whose chunks' sums are handed to flush(chunk) and cleared after their last row.
+template <bool kCenter, bool kWeight, bool kSums, bool kWide, int kRows, class T, class Flush>
+void backward_range(const RowNormBackward& args, int64_t begin, int64_t end,
+                    const acc_t<T>* weight, acc_t<T>* dweight, acc_t<T>* dbias, Flush flush) {
+  BackwardRow<T> rows[kRows], next[kRows];
+  const auto open = [&](BackwardRow<T>* group, int64_t r) UDL_LAMBDA {
+    for (int k = 0; k < kRows; ++k) group[k] = gradient_row<kCenter, T>(args, r + k);
+  };
+  open(rows, begin);
+  if (args.dx != nullptr) gather_rows<kCenter, kWeight, kWide, kRows>(args, rows, weight);
+  for (int64_t r = begin; r < end; r += kRows) {
+    const bool more = r + kRows < end && args.dx != nullptr;
+    if (r + kRows < end) open(next, r + kRows);
+    if (more) {
+      backward_rows<kCenter, kWeight, kSums, kWide, true, kRows>(args, rows, next, weight, dweight,
+                                                                 dbias);
+    } else {
+      backward_rows<kCenter, kWeight, kSums, kWide, false, kRows>(args, rows, next, weight, dweight,
+                                                                  dbias);
+    }
+    for (int k = 0; k < kRows; ++k) rows[k] = next[k];
+    if ((r + kRows) % args.chunk_rows == 0) flush((r + kRows) / args.chunk_rows - 1);
+  }
+}
+
 template <bool kCenter, bool kWeight, bool kSums, class T>
 void backward_chunks(const RowNormBackward& args, int64_t begin, int64_t end) {
   using A = acc_t<T>;
   // Pairs of rows where conversions or a wide row's sums cost more than memory does. From memory,
   // narrow rows go one at a time: twice the streams made them up to 1.6 times slower.
-  constexpr int kPair = 2;
   const int64_t bytes = 3 * args.rows * args.n * static_cast<int64_t>(sizeof(T));
-  const bool pairs = is_wide<T>(args.n) || (sizeof(T) == 2 && bytes <= 24 << 20);
-  const bool fetch = is_wide<T>(args.n) || fetches_ahead(bytes);
+  const bool wide = is_wide<T>(args.n);
+  const bool pairs = wide || (sizeof(T) == 2 && bytes <= 24 << 20);
   const int64_t n = args.n;
   const PackOrder<T> weight(args.weight, n);
   const int64_t width = kSums ? whole_packs<T>(n) : 0;
-  A* sums = new A[static_cast<size_t>(2 * width)];  // dweight, then dbias
-  for (int64_t chunk = begin; chunk < end; ++chunk) {
-    std::memset(sums, 0, static_cast<size_t>(2 * width) * sizeof(A));
-    const int64_t first = chunk * args.chunk_rows;
-    const int64_t last =
-        first + args.chunk_rows < args.rows ? first + args.chunk_rows : args.rows;
-    int64_t r = first;
-    for (; pairs && r + kPair <= last; r += kPair) {
-      const int64_t ahead = fetch && r + 2 * kPair <= args.rows ? r + kPair : r;
-      backward_rows<kCenter, kWeight, kSums, kPair, T>(args, r, ahead, weight.data(), sums,
-                                                       sums + width);
+  Array<A> array(2 * width);  // dweight, then dbias
+  array.clear();
+  A* sums = array.data();
+  const auto flush = [&](int64_t chunk) {
+    const int64_t first = chunk * args.chunk_rows, next = first + args.chunk_rows;
+    for (int64_t r = first; r < next && r < args.rows && args.dx_dropped != nullptr; ++r) {
+      drop_gradient_row<T>(args, r);
     }
-    for (; r < last; ++r) {
-      const int64_t ahead = fetch && r + 1 < args.rows ? r + 1 : r;
-      backward_rows<kCenter, kWeight, kSums, 1, T>(args, r, ahead, weight.data(), sums,
-                                                   sums + width);
-    }
-    for (r = first; r < last && args.dx_dropped != nullptr; ++r) drop_gradient_row<T>(args, r);
     if (kSums && args.dweight != nullptr) {
       from_pack_order<T>(sums, static_cast<A*>(args.dweight) + chunk * n, n);
     }
     if (kSums && args.dbias != nullptr) {
       from_pack_order<T>(sums + width, static_cast<A*>(args.dbias) + chunk * n, n);
     }
-  }
-  delete[] sums;
+    array.clear();
+  };
+  const auto range = [&](auto is_wide, auto rows, int64_t first, int64_t last) UDL_LAMBDA {
+    backward_range<kCenter, kWeight, kSums, decltype(is_wide)::value, decltype(rows)::value, T>(
+        args, first, last, weight.data(), sums, sums + width, flush);
+  };
+  using One = std::integral_constant<int, 1>;
+  using Two = std::integral_constant<int, 2>;
+  const int64_t first = begin * args.chunk_rows;
+  const int64_t last = end * args.chunk_rows < args.rows ? end * args.chunk_rows : args.rows;
+  const int64_t paired = pairs ? (last - first) / 2 * 2 + first : first;
+  if (paired > first && wide) range(std::true_type{}, Two{}, first, paired);
+  if (paired > first && !wide) range(std::false_type{}, Two{}, first, paired);
+  if (last > paired) range(std::false_type{}, One{}, paired, last);
+  if (last % args.chunk_rows != 0) flush(last / args.chunk_rows);
 }
 
 template <bool kCenter, class T>

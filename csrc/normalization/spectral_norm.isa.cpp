@@ -23,7 +23,7 @@ template <class T>
 void left_block(const SpectralNorm& args, int64_t first, int64_t width) {
   using A = acc_t<T>;
   const A* u = static_cast<const A*>(args.u);
-  A total[kSpectralColumns] = {}, piece[kSpectralColumns];
+  UDL_LINES A total[kSpectralColumns] = {}, piece[kSpectralColumns];
   A *total_at = total, *piece_at = piece;
   for (int64_t start = 0; start < args.rows; start += kRowPiece) {
     const int64_t end = start + kRowPiece < args.rows ? start + kRowPiece : args.rows;
