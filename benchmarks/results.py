@@ -98,9 +98,10 @@ class Run:
     seconds: float = 0.0
 
     def to_json(self) -> str:
-        """Everything, raw samples included, and the figures drawn from them."""
-        rows = [asdict(row) | _derived(row) for row in self.rows]
-        return json.dumps({**asdict(self), "rows": rows}, indent=1)
+        """Everything, raw samples included, and the figures drawn from them; a line a row."""
+        rows = [json.dumps(_short(asdict(row) | _derived(row))) for row in self.rows]
+        rest = {name: value for name, value in asdict(self).items() if name != "rows"}
+        return json.dumps(_short(rest))[:-1] + ', "rows": [\n' + ",\n".join(rows) + "\n]}\n"
 
 
 def read_rows(path: Path) -> list[Measured]:
@@ -119,6 +120,15 @@ def write_atomically(path: Path, text: str) -> None:
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def _short(value: Any) -> Any:
+    """Floats to five digits, more than any sample has: a third of the file."""
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    if isinstance(value, dict):
+        return {key: _short(item) for key, item in value.items()}
+    return [_short(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _derived(row: Measured) -> dict[str, Any]:

@@ -42,7 +42,9 @@ def test_values_and_gradients(every_backend, dtype):
 
 @pytest.mark.parametrize("layout", testing.LAYOUTS)
 def test_layouts(backend, dtype, layout):
-    for shape in [(2, 3, 4, 5)] if backend.small else [(6, 24, 5, 7), (8, 3, 16, 18), (33, 20), (4, 17, 50)]:
+    for shape in (
+        [(2, 3, 4, 5)] if backend.small else [(6, 24, 5, 7), (8, 3, 16, 18), (33, 20), (4, 17, 50)]
+    ):
         if layout == "expanded" and len(shape) == 2:
             continue  # one value a channel: float64 cancels, the oracle has no more digits
         testing.compare(_kernel, _oracle, [_torch], _inputs(shape, dtype, backend.device, layout))
