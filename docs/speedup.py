@@ -1,4 +1,4 @@
-"""Draws README's picture from a result file of `udlkernels bench`: the steps, forward and backward.
+"""Draws README's picture from a result file of `udlkernels bench`.
 
     udlkernels bench --full --out benchmarks/results
     python docs/speedup.py benchmarks/results/bench.json
@@ -15,9 +15,8 @@ PICTURE = Path(__file__).parent / "pages" / "images" / "speedup.png"
 
 
 def main() -> None:
-    rows = [row for row in results.read_rows(Path(sys.argv[1])) if row.phase == "step"]
-    if not chart.draw(rows, PICTURE):
-        sys.exit("nothing to draw: no step that counts, or no matplotlib")
+    if not chart.draw(results.read_rows(Path(sys.argv[1])), PICTURE):
+        sys.exit("nothing to draw: no row that counts, or no matplotlib")
     print(PICTURE)
 
 
