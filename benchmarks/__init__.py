@@ -13,7 +13,7 @@ from udlkernels._errors import ArgumentError
 if TYPE_CHECKING:
     from .declaration import Benchmark, Case, OverheadCase
 
-FAMILIES = ("normalization",)
+FAMILIES = ("normalization", "attention")
 
 
 def benchmarks(selection: str | None = None) -> list[Benchmark]:

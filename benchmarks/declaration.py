@@ -111,6 +111,7 @@ class Peer:
 class Benchmark:
     """One op of the library beside its peers.
 
+    `reduction`: how many products the longest sum behind a result has, for the bound on its error.
     `run` is the public function with the arguments of `inputs` and of `Shape.options` by name, and
     the keyword `implementation`. `fused`: the peer is a sequence of ops, above whose peak memory
     the op must not only not be, but stay below.
@@ -125,6 +126,7 @@ class Benchmark:
     cost: Callable[[Shape, torch.dtype], Cost]
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
     fused: bool = False
+    reduction: Callable[[Shape], int] = lambda shape: 0
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,9 @@ def check(row: Row, arguments: Arguments, implementation: str = "auto") -> Verdi
     ).results()
     exact = _exact(row, arguments)
     for name, truth in exact.items():
-        _compare(name, got[name], expected[name], truth, verdict)
+        _compare(
+            name, got[name], expected[name], truth, verdict, row.benchmark.reduction(row.shape)
+        )
     if verdict.implementation == "torch":
         verdict.flags.append("torch")
     return verdict
@@ -76,10 +78,12 @@ def _exact(row: Row, arguments: Arguments) -> dict[str, Tensor]:
     return Contestant("reference", row.benchmark.run, wide, options, row.dtype).results()
 
 
-def _compare(name: str, got: Tensor, peer: Tensor, truth: Tensor, verdict: Verdict) -> None:
+def _compare(
+    name: str, got: Tensor, peer: Tensor, truth: Tensor, verdict: Verdict, reduction: int
+) -> None:
     """Applies the tests' own policy: at most twice the peer's error and two roundings."""
     ours, theirs = testing.error(got, truth), testing.error(peer, truth)
-    allowed = testing.bound([theirs], got.dtype)
+    allowed = testing.bound([theirs], got.dtype, reduction)
     verdict.errors[name] = {
         "ours": asdict(ours),
         "peer": asdict(theirs),

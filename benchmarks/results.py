@@ -24,7 +24,8 @@ class Measured:
     """One row and phase.
 
     `floor` is the time at the best copy ceiling, `least` the shortest that can be believed, at the
-    best bandwidth of any kind. `flags` says why a speed does not count.
+    best bandwidth of any kind, `computing` the time of the flops at the dense product's ceiling.
+    `flags` says why a speed does not count.
     """
 
     id: str
@@ -39,6 +40,7 @@ class Measured:
     flops: int
     floor: float = 0.0
     least: float = 0.0
+    computing: float = 0.0
     implementation: str = "kernel"
     samples: dict[str, list[float]] = field(default_factory=dict)
     memory: dict[str, int] = field(default_factory=dict)
@@ -69,9 +71,10 @@ class Measured:
 
     @property
     def share(self) -> float | None:
-        """Of the ceiling: 1 is as fast as a copy of as many bytes, allocated and timed alike."""
+        """Of the ceiling: 1 is as fast as a copy of as many bytes, allocated and timed alike, or as
+        the dense product where that takes longer."""
         seconds, copy = self.seconds(), self.seconds(COPY)
-        return copy / seconds if seconds and copy else None
+        return max(copy, self.computing) / seconds if seconds and copy else None
 
     @property
     def cached_share(self) -> float | None:

@@ -135,16 +135,22 @@ class Runner:
         if row.shape.group != "overhead":
             parts = ("forward", "backward") if phase == "step" else (phase,)
             times = [self._times(row, part) for part in parts]
-            measured.floor, measured.least = (sum(part) for part in zip(*times, strict=True))
+            measured.floor, measured.least, measured.computing = (
+                sum(part) for part in zip(*times, strict=True)
+            )
         return measured
 
-    def _times(self, row: Row, phase: str) -> tuple[float, float]:
-        """Seconds at the copy ceiling, and at the best bandwidth of any kind."""
+    def _times(self, row: Row, phase: str) -> tuple[float, float, float]:
+        """Seconds at the copy ceiling, at the best bandwidth of any kind, and of the flops."""
         cost = row.benchmark.cost(row.shape, row.dtype)
         moved = cost.bytes(phase)
         bandwidth = self.ceilings.bandwidth(moved)
         computing = cost.flops(phase) / self.ceilings.product(row.dtype)
-        return max(moved / bandwidth.copy, computing), max(moved / bandwidth.best, computing)
+        return (
+            max(moved / bandwidth.copy, computing),
+            max(moved / bandwidth.best, computing),
+            computing,
+        )
 
     def ceilings_found(self) -> dict[str, Any]:
         """For the report: bytes per second by working set and threads, flops by dtype."""

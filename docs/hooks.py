@@ -3,6 +3,7 @@
 A line of a page that begins with `:::` is replaced:
 
     ::: udlkernels.functional        every public function of the module, from its docstring
+    ::: udlkernels.functional FAMILY those of one family
     ::: udlkernels.explain           one function or class
     ::: source PATH [PART]           a file, or what stands in it between `[PART]` and `[end]`
     ::: formula LATEX                a formula
@@ -40,7 +41,7 @@ def _directive(words: list[str]) -> str:
         return _formula(" ".join(words[1:]))
     if words[0] == "markdown":
         return (ROOT / words[1]).read_text()
-    return "\n\n".join(_entries(words[0]))
+    return "\n\n".join(_entries(*words))
 
 
 def _source(path: Path, part: str) -> str:
@@ -52,7 +53,7 @@ def _source(path: Path, part: str) -> str:
     return f"```{_LANGUAGES.get(path.suffix, 'text')}\n{text.strip()}\n```"
 
 
-def _entries(name: str) -> Iterator[str]:
+def _entries(name: str, family: str = "") -> Iterator[str]:
     try:
         found = importlib.import_module(name)
     except ModuleNotFoundError:
@@ -61,7 +62,9 @@ def _entries(name: str) -> Iterator[str]:
         return
     for attribute in found.__all__:
         value = getattr(found, attribute)
-        if inspect.isfunction(value) or inspect.isclass(value):
+        if not (inspect.isfunction(value) or inspect.isclass(value)):
+            continue
+        if family in ("", value.__module__.split(".")[1]):
             yield _entry(attribute, value)
 
 

@@ -1,5 +1,6 @@
 """Drop-in functions with torch.nn.functional's names and signatures, and the fused ones beside."""
 
+from udlkernels.attention.attention.op import attention, scaled_dot_product_attention
 from udlkernels.normalization.act_norm.op import act_norm
 from udlkernels.normalization.adaptive_layer_norm.op import adaptive_layer_norm
 from udlkernels.normalization.batch_norm.op import batch_norm, batch_norm_act
@@ -18,6 +19,7 @@ __all__ = [
     "adaptive_layer_norm",
     "add_layer_norm",
     "add_rms_norm",
+    "attention",
     "batch_norm",
     "batch_norm_act",
     "group_norm",
@@ -27,6 +29,7 @@ __all__ = [
     "local_response_norm",
     "pixel_norm",
     "rms_norm",
+    "scaled_dot_product_attention",
     "spectral_norm",
     "weight_norm",
 ]

@@ -1,0 +1,270 @@
+"""Attention on a GPU: the forward kernel, the launches, and what is compiled ahead of time.
+
+One program owns BLOCK_M queries of one head and walks over the keys they see: blocks that need no
+mask first, then those that window or key length cut; the others are never read. Softmax weights
+exist for one tile at a time. Each sum over keys runs in the order of these blocks, which depends on
+the number of keys and the query's own place alone.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from udlkernels.attention.attention import backward_kernels, bias_kernels
+from udlkernels.attention.attention.backward_kernels import (
+    attention_delta_kernel,
+    attention_dkdv_kernel,
+    attention_dq_kernel,
+    attention_dsinks_kernel,
+)
+from udlkernels.attention.attention.bias_kernels import bias_gradient, shared_along
+from udlkernels.attention.attention.tile_kernels import (
+    ALIBI,
+    BIAS,
+    HALF,
+    HALF_HEAVY,
+    LEFT,
+    LN2,
+    LOG2E,
+    MASK,
+    PLAIN,
+    RIGHT,
+    SELECTS,
+    SINGLE,
+    SINKS,
+    SOFTCAP,
+    WIDE_STRIDE,
+    Problem,
+    clean,
+    dot,
+    entry,
+    kept,
+    key_blocks,
+    key_length,
+    load_tile,
+    logits,
+    masked_start,
+    or_placeholder,
+    result,
+    store_tile,
+    strides,
+)
+
+
+@triton.jit
+def _attend(
+    acc, total, peak, q, start, i, low, high, k_ptr, k_s, v_ptr, v_s, seed_ptr, first_row,
+    window, extras, slope, factor, cap,
+    THRESHOLD: tl.constexpr, MODE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, FOLD: tl.constexpr, BOUND: tl.constexpr,
+):  # fmt: skip
+    """One block of keys joins the weighted sum of values, the sum of weights and the maximum."""
+    k = load_tile(k_ptr, k_s, start, low, high, BLOCK_N, BLOCK_D, D, BOUND, WIDE)
+    qk = dot(q, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], acc.dtype))
+    j = start + tl.arange(0, BLOCK_N)
+    s, _ = logits(
+        qk, i[:, None], j[None, :], window, extras, slope, factor, cap, MODE, not FOLD, BOUND
+    )
+    # A row that has seen nothing yet has the maximum -inf; its weights are taken against 0.
+    if FOLD:
+        new_peak = tl.maximum(peak, tl.max(s, 1) * factor)
+        against = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+        p = tl.exp2(s * factor - against[:, None])
+    else:
+        new_peak = tl.maximum(peak, tl.max(s, 1))
+        against = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+        p = tl.exp2(s - against[:, None])
+    shrink = tl.exp2(peak - against)
+    total = total * shrink + tl.sum(p, 1)
+    if THRESHOLD > 0:
+        p = tl.where(kept(seed_ptr, first_row, start, THRESHOLD, BLOCK_M, BLOCK_N), p, 0.0)
+    v = load_tile(v_ptr, v_s, start, low, high, BLOCK_N, BLOCK_DV, DV, BOUND, WIDE)
+    if SELECTS & MODE:
+        v = clean(v, s, 0)
+    return dot(p.to(v.dtype), v, acc * shrink[:, None]), total, new_peak
+
+
+@triton.jit(do_not_specialize=PLAIN)
+def attention_fwd_kernel(
+    q_ptr, k_ptr, v_ptr, sinks_ptr, out_ptr, lse_ptr,
+    q_b, q_h, q_t, k_b, k_h, k_s, v_b, v_h, v_s, out_b, out_h, out_t,
+    mask_ptr, bias_ptr, lengths_ptr, slopes_ptr, seed_ptr,
+    mask_b, mask_h, mask_t, mask_s, bias_b, bias_h, bias_t, bias_s,
+    heads, group, queries, keys, offset, left, right, factor, cap,
+    FACTOR: tl.constexpr, CAP: tl.constexpr, THRESHOLD: tl.constexpr, KEEP_SCALE: tl.constexpr,
+    MODE: tl.constexpr, ACC: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FOLD: tl.constexpr,
+):  # fmt: skip
+    tiles = tl.cdiv(queries, BLOCK_M)
+    tile = tl.program_id(0) % tiles
+    if RIGHT & MODE:
+        tile = tiles - 1 - tile  # the queries that see most keys start first
+    unit = (tl.program_id(0) // tiles).to(tl.int64)
+    b, h = unit // heads, unit % heads
+    if ACC == tl.float64:
+        factor, cap = FACTOR, CAP
+    first = tile * BLOCK_M
+    i = first + tl.arange(0, BLOCK_M)
+    window = queries, keys, key_length(lengths_ptr, b, keys, MODE), offset, left, right
+    extras = (
+        mask_ptr + b * mask_b + h * mask_h, mask_t, mask_s,
+        bias_ptr + b * bias_b + h * bias_h, bias_t, bias_s,
+    )  # fmt: skip
+    slope = 0.0
+    if ALIBI & MODE:
+        slope = tl.load(slopes_ptr + unit).to(ACC) * LOG2E
+    q_ptr += b * q_b + h * q_h
+    k_ptr += b * k_b + h // group * k_h
+    v_ptr += b * v_b + h // group * v_h
+    q = load_tile(q_ptr, q_t, first, 0, queries, BLOCK_M, BLOCK_D, D, True, WIDE)
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], ACC)
+    total = tl.zeros([BLOCK_M], ACC)
+    peak = tl.full([BLOCK_M], float("-inf"), ACC)
+    if SINKS & MODE:
+        sink = tl.load(sinks_ptr + h).to(ACC) * LOG2E
+        peak = tl.zeros([BLOCK_M], ACC) + sink
+        total += tl.where(sink == float("-inf"), 0.0, 1.0)
+
+    low, high, begin, full_begin, full_end, end = key_blocks(first, window, BLOCK_M, BLOCK_N, MODE)
+    for n in range((full_end - full_begin) // BLOCK_N):
+        acc, total, peak = _attend(
+            acc, total, peak, q, full_begin + n * BLOCK_N, i, low, high, k_ptr, k_s, v_ptr, v_s,
+            seed_ptr, unit * queries + first, window, extras, slope, factor, cap,
+            THRESHOLD, MODE, D, DV, BLOCK_D, BLOCK_DV, WIDE, BLOCK_M, BLOCK_N, FOLD, False,
+        )  # fmt: skip
+    for n in range((full_begin - begin + end - full_end) // BLOCK_N):
+        start = masked_start(n, begin, full_begin, full_end, BLOCK_N, (LEFT & MODE) != 0)
+        acc, total, peak = _attend(
+            acc, total, peak, q, start, i, low, high, k_ptr, k_s, v_ptr, v_s,
+            seed_ptr, unit * queries + first, window, extras, slope, factor, cap,
+            THRESHOLD, MODE, D, DV, BLOCK_D, BLOCK_DV, WIDE, BLOCK_M, BLOCK_N, FOLD, True,
+        )  # fmt: skip
+
+    divisor = tl.where(total == 0.0, 1.0, total)
+    out = acc * (KEEP_SCALE / divisor)[:, None]
+    store_tile(
+        out, out_ptr + b * out_b + h * out_h, out_t, first, queries, BLOCK_M, BLOCK_DV, DV, WIDE
+    )
+    lse = tl.where(total == 0.0, float("-inf"), (peak + tl.log2(divisor)) * LN2)
+    tl.store(lse_ptr + unit * queries + i, lse, mask=i < queries)
+
+
+def attention_fwd(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None,
+    bias: torch.Tensor | None, key_lengths: torch.Tensor | None,
+    alibi_slopes: torch.Tensor | None, sinks: torch.Tensor | None, offset: int, left: int,
+    right: int, scale: float, softcap: float, dropout_p: float, seed: torch.Tensor | None,
+    heads_last: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    problem = Problem(
+        q, k, v, mask, bias, key_lengths, alibi_slopes, sinks, offset, left, right, scale, softcap,
+        dropout_p, seed,
+    )  # fmt: skip
+    out = result(q, problem.v_width, heads_last)
+    lse = q.new_empty(q.shape[:3], dtype=problem.acc)
+    tile = problem.launch.forward
+    programs = triton.cdiv(problem.queries, tile.block_m) * problem.batch * problem.heads
+    attention_fwd_kernel[(programs,)](
+        q, k, v, or_placeholder(sinks, q), out, lse, *strides(q, k, v, out), *problem.common,
+        FOLD=problem.fold, **problem.at(tile),
+    )  # fmt: skip
+    return out, lse
+
+
+def attention_bwd(
+    dout: torch.Tensor, dlse: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor,
+    v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, mask: torch.Tensor | None,
+    bias: torch.Tensor | None, key_lengths: torch.Tensor | None,
+    alibi_slopes: torch.Tensor | None, sinks: torch.Tensor | None, offset: int, left: int,
+    right: int, scale: float, softcap: float, dropout_p: float, seed: torch.Tensor | None,
+    heads_last: bool, need_dq: bool, need_dkv: bool, need_dbias: bool, need_dsinks: bool,
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    """dq, dk, dv, dbias, dsinks; what is not wanted comes back without elements."""
+    problem = Problem(
+        q, k, v, mask, bias, key_lengths, alibi_slopes, None, offset, left, right, scale, softcap,
+        dropout_p, seed,
+    )  # fmt: skip
+    dout = dout if dout.stride(3) == 1 else dout.contiguous()
+    problem.constexprs["WIDE"] |= dout.stride(2) >= WIDE_STRIDE
+    dq, dk, dv, dbias, dsinks = (q.new_empty((0,), dtype=torch.float32) for _ in range(5))
+    delta = _delta(problem, dout, dlse, out)
+    rows = lse.contiguous(), delta
+    if need_dkv:
+        dk, dv = _dkdv(problem, dout, rows, heads_last)
+    along = False
+    if need_dbias and bias is not None:
+        shared = shared_along(bias)
+        along = need_dq and not any(shared)
+        if along:
+            dbias = bias.new_zeros(bias.shape)
+        else:
+            dbias = bias_gradient(problem, dout, rows, bias, shared)
+    if need_dq:
+        dq = result(q, problem.width, heads_last)
+        tile = problem.launch.dq
+        programs = triton.cdiv(problem.queries, tile.block_m) * problem.batch * problem.heads
+        attention_dq_kernel[(programs,)](
+            q, k, v, dout, *rows, dq, dbias if along else q, *strides(q, k, v, dout, dq),
+            scale, *problem.common, SCALE=problem.scale_constexpr, DBIAS=along, **problem.at(tile),
+        )  # fmt: skip
+    if need_dsinks and sinks is not None:
+        dsinks = torch.empty_like(sinks)
+        attention_dsinks_kernel[(problem.heads,)](
+            sinks, *rows, dsinks, problem.batch, problem.heads, problem.queries, BLOCK=512
+        )
+    return dq, dk, dv, dbias, dsinks
+
+
+def _delta(
+    problem: Problem, dout: torch.Tensor, dlse: torch.Tensor | None, out: torch.Tensor
+) -> torch.Tensor:
+    delta = dout.new_empty(dout.shape[:3], dtype=problem.acc)
+    block = 32 if problem.v_width <= 128 else 8
+    programs = triton.cdiv(problem.queries, block) * problem.batch * problem.heads
+    known = {name: problem.constexprs[name] for name in ("ACC", "DV", "BLOCK_DV", "WIDE")}
+    attention_delta_kernel[(programs,)](
+        dout, out, delta if dlse is None else dlse.contiguous(), delta, *strides(dout, out),
+        problem.heads, problem.queries, DLSE=dlse is not None, BLOCK_M=block, num_warps=4, **known,
+    )  # fmt: skip
+    return delta
+
+
+def _dkdv(
+    problem: Problem, dout: torch.Tensor, rows: tuple[torch.Tensor, torch.Tensor], heads_last: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    q, k, v, tile = problem.q, problem.k, problem.v, problem.launch.dkdv
+    dk = result(k, problem.width, heads_last)
+    dv = result(v, problem.v_width, heads_last)
+    programs = triton.cdiv(problem.keys, tile.block_n) * problem.batch * problem.kv_heads
+    attention_dkdv_kernel[(programs,)](
+        q, k, v, dout, *rows, dk, dv, *strides(q, k, v, dout, dk, dv), problem.scale,
+        *problem.common, SCALE=problem.scale_constexpr, **problem.at(tile),
+    )  # fmt: skip
+    return dk, dv
+
+
+_FULL = MASK.value | BIAS.value | RIGHT.value
+_CAPPED = SOFTCAP.value | RIGHT.value
+AOT = (
+    *(
+        entry(attention_fwd_kernel, label, "bf16", row.limit, row.forward, mode, drop, FOLD=fold)
+        for rows, label, mode, drop, fold in (
+            (HALF, "plain", 0, False, True),
+            (HALF, "causal", RIGHT.value, False, True),
+            (HALF_HEAVY, "causal bias mask", _FULL, False, False),
+            (HALF_HEAVY[1:2], "causal softcap dropout", _CAPPED, True, False),
+        )
+        for row in rows
+    ),
+    *(
+        entry(attention_fwd_kernel, "causal", "fp32", row.limit, row.forward, RIGHT.value,
+              FOLD=True)
+        for row in SINGLE
+    ),
+    *backward_kernels.AOT,
+    *bias_kernels.AOT,
+)  # fmt: skip

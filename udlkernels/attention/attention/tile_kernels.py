@@ -1,0 +1,400 @@
+"""What the attention kernels share: tiles, block ranges, logits, dropout, and their arguments.
+
+Positions inside one head are 32-bit numbers, offsets between heads and blocks 64-bit ones. Logits
+are in base 2 (log2(e) is part of `factor`, `cap`, the slope and the bias), so that a weight is one
+`exp2`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from udlkernels._aot import Entry
+from udlkernels._philox import threshold
+from udlkernels.normalization._row_kernels import dropout_keeps
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+# Bits of MODE, one for each thing that a kernel has to do beyond softmax(q k) v.
+MASK = tl.constexpr(1)
+BIAS = tl.constexpr(2)
+ALIBI = tl.constexpr(4)
+SOFTCAP = tl.constexpr(8)
+LEFT = tl.constexpr(16)
+RIGHT = tl.constexpr(32)
+LENGTHS = tl.constexpr(64)
+SINKS = tl.constexpr(128)
+# Either can mask any single key, so a row of a loaded tile may be one that nobody sees.
+SELECTS = tl.constexpr(MASK.value | BIAS.value)
+# Bits that want registers: the launch takes smaller tiles.
+HEAVY = SELECTS.value | SOFTCAP.value
+# Rows this far apart need 64-bit offsets inside a tile of 128 rows too.
+WIDE_STRIDE = 2**23
+
+
+@dataclass(frozen=True)
+class Tile:
+    """BLOCK_M queries by BLOCK_N keys, and how a program runs."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Tiles for heads up to `limit` wide."""
+
+    limit: int
+    forward: Tile
+    dkdv: Tile
+    dq: Tile
+
+
+# Where the tables hold: none of their entries spills there. On sm_100 two of 51 spill 8 bytes; on
+# gfx942 half of them spill, so op.py does not take AMD GPUs.
+TARGETS = ("sm_80", "sm_90")
+
+# One set of tables for all GPUs: tiles, and with them the orders of all sums, depend on type, width
+# and MODE alone. Sizes follow from compiled code, not from timings.
+# 128 x 64 at 8 warps take 110 to 240 registers in the forward; dk and dv are two accumulators that
+# fill the registers already at 64 x 64.
+HALF = (
+    Launch(64, Tile(128, 64, 8, 2), Tile(32, 64, 4, 2), Tile(128, 64, 8, 2)),
+    Launch(128, Tile(128, 64, 8, 2), Tile(32, 64, 4, 1), Tile(128, 32, 8, 2)),
+    Launch(256, Tile(64, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+    Launch(512, Tile(32, 16, 8, 1), Tile(16, 16, 8, 2), Tile(16, 16, 8, 1)),
+)
+# What HEAVY modes and dropout compute beside the products lies in the registers too: a quarter of
+# the tile.
+HALF_HEAVY = (
+    Launch(64, Tile(64, 32, 4, 2), Tile(32, 32, 4, 2), Tile(64, 32, 4, 2)),
+    Launch(128, Tile(64, 32, 4, 2), Tile(32, 32, 4, 2), Tile(64, 32, 8, 1)),
+    Launch(256, Tile(32, 32, 8, 1), Tile(16, 32, 8, 2), Tile(32, 32, 8, 1)),
+    Launch(512, Tile(32, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+)
+# float32 in full precision has no tensor cores: a product is fused multiply-adds on operands from
+# shared memory, and small tiles keep them in registers; beyond 128 wide the backward spills.
+SINGLE = (
+    Launch(64, Tile(32, 16, 4, 1), Tile(16, 16, 8, 1), Tile(16, 32, 8, 1)),
+    Launch(128, Tile(32, 32, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+    Launch(256, Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+    Launch(512, Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+)
+DOUBLE = (Launch(512, Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),)
+
+
+def pick(dtype: torch.dtype, width: int, heavy: bool) -> Launch:
+    half = HALF_HEAVY if heavy else HALF
+    table = {8: DOUBLE, 4: SINGLE}.get(dtype.itemsize, half)
+    return next(launch for launch in table if width <= launch.limit)
+
+
+@triton.jit
+def load_tile(
+    base, stride, first, low, high, ROWS: tl.constexpr, COLS: tl.constexpr, WIDTH: tl.constexpr,
+    BOUND: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Rows first, first + 1, ... of a matrix, [ROWS, COLS]; zeros from column WIDTH on.
+
+    With BOUND rows outside of [low, high) are zeros too, and what memory holds there is not read.
+    """
+    row = tl.arange(0, ROWS)
+    col = tl.arange(0, COLS)
+    within = row.to(tl.int64) if WIDE else row
+    at = base + first.to(tl.int64) * stride + (within[:, None] * stride + col[None, :])
+    inside = (first + row >= low) & (first + row < high)
+    if BOUND:
+        if WIDTH == COLS:
+            return tl.load(at, mask=inside[:, None], other=0.0)
+        else:
+            return tl.load(at, mask=inside[:, None] & (col < WIDTH)[None, :], other=0.0)
+    else:
+        if WIDTH == COLS:
+            return tl.load(at)
+        else:
+            return tl.load(at, mask=(col < WIDTH)[None, :], other=0.0)
+
+
+@triton.jit
+def store_tile(
+    tile, base, stride, first, high, ROWS: tl.constexpr, COLS: tl.constexpr, WIDTH: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    row = tl.arange(0, ROWS)
+    col = tl.arange(0, COLS)
+    within = row.to(tl.int64) if WIDE else row
+    at = base + first.to(tl.int64) * stride + (within[:, None] * stride + col[None, :])
+    mask = (first + row < high)[:, None] & (col < WIDTH)[None, :]
+    tl.store(at, tile.to(base.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def dot(a, b, acc):
+    """acc + a b in full precision of the inputs' type."""
+    return tl.dot(a, b, acc, input_precision="ieee", out_dtype=acc.dtype)
+
+
+@triton.jit
+def tanh(x):
+    """By a series near 0, where the quotient of exponentials would cancel (Cephes' constants)."""
+    size = tl.abs(x)
+    square = x * x
+    if x.dtype == tl.float64:
+        top = (-9.64399179425052238628e-1 * square - 9.92877231001918586564e1) * square
+        bottom = (square + 1.12811678491632931402e2) * square + 2.23548839060100448583e3
+        bottom = bottom * square + 4.84406305325125486048e3
+        series = (top - 1.61468768441708447952e3) / bottom
+    else:
+        series = (-5.70498872745e-3 * square + 2.06390887954e-2) * square - 5.37397155531e-2
+        series = (series * square + 1.33314422036e-1) * square - 3.33332819422e-1
+    e = tl.exp(-2.0 * size)
+    result = tl.where(size < 0.625, size + size * square * series, (1.0 - e) / (1.0 + e))
+    return tl.where(x < 0, -result, result)
+
+
+@triton.jit
+def key_length(lengths_ptr, b, keys, MODE: tl.constexpr):
+    """How many keys sample b has."""
+    if LENGTHS & MODE:
+        length = tl.load(lengths_ptr + b)
+        return tl.maximum(tl.minimum(length, keys), 0).to(tl.int32)
+    else:
+        return keys
+
+
+@triton.jit
+def _blocks(low, high, full_low, full_high, BLOCK: tl.constexpr):
+    """Block starts: all of [low, high) lies in begin to end, what needs no mask in between."""
+    begin = low // BLOCK * BLOCK
+    end = tl.where(high > low, tl.cdiv(tl.maximum(high, 0), BLOCK) * BLOCK, begin)
+    full_begin = tl.minimum(tl.cdiv(full_low, BLOCK) * BLOCK, end)
+    full_end = tl.minimum(tl.maximum(full_high, 0) // BLOCK * BLOCK, end)
+    return low, high, begin, full_begin, tl.maximum(full_begin, full_end), end
+
+
+@triton.jit
+def key_blocks(first, window, ROWS: tl.constexpr, BLOCK: tl.constexpr, MODE: tl.constexpr):
+    """Which keys the queries first ... first + ROWS see: `_blocks`."""
+    queries, _, length, offset, left, right = window
+    last = tl.minimum(first + ROWS, queries) - 1
+    low, full_low = first * 0, first * 0
+    high = length + first * 0
+    full_high = high
+    if LEFT & MODE:
+        low = tl.maximum(first + offset - left, 0)
+        full_low = tl.maximum(last + offset - left, 0)
+    if RIGHT & MODE:
+        high = tl.minimum(length, last + offset + right + 1)
+        full_high = tl.minimum(length, first + offset + right + 1)
+    return _blocks(low, high, full_low, full_high, BLOCK)
+
+
+@triton.jit
+def query_blocks(first, window, COLS: tl.constexpr, BLOCK: tl.constexpr, MODE: tl.constexpr):
+    """[low, high) see any of the keys first ... first + COLS; block starts begin to end."""
+    queries, _, length, offset, left, right = window
+    last = tl.minimum(first + COLS, length) - 1
+    low = first * 0
+    high = queries + low
+    if RIGHT & MODE:
+        low = tl.maximum(first - offset - right, 0)
+    if LEFT & MODE:
+        high = tl.minimum(queries, last - offset + left + 1)
+    high = tl.where(first < length, high, 0)
+    low, high, begin, _full_begin, _full_end, end = _blocks(low, high, low, high, BLOCK)
+    return low, high, begin, end
+
+
+@triton.jit
+def masked_start(n, begin, full_begin, full_end, BLOCK: tl.constexpr, BEFORE: tl.constexpr):
+    """The n-th block that needs a mask; only with BEFORE are there any in front of the others."""
+    if BEFORE:
+        before = (full_begin - begin) // BLOCK
+        return tl.where(n < before, begin + n * BLOCK, full_end + (n - before) * BLOCK)
+    else:
+        return full_end + n * BLOCK
+
+
+@triton.jit
+def logits(
+    qk, i, j, window, extras, slope, factor, cap, MODE: tl.constexpr, SCALED: tl.constexpr,
+    BOUND: tl.constexpr,
+):  # fmt: skip
+    """Logits in base 2 of a tile of q k, -inf where masked; and tanh, with SOFTCAP.
+
+    i, j: the tile's queries and keys, along either axis. BOUND: window and key length cut the tile.
+    """
+    queries, keys, length, offset, left, right = window
+    mask_ptr, mask_t, mask_s, bias_ptr, bias_t, bias_s = extras
+    s = qk
+    if SCALED:
+        s = qk * factor
+    t = s
+    if SOFTCAP & MODE:
+        t = tanh(s)
+        s = t * cap
+    distance = j - i - offset
+    if ALIBI & MODE:
+        s -= slope * tl.abs(distance).to(s.dtype)
+    inside = (i < queries) & (j < keys)
+    if BIAS & MODE:
+        at = bias_ptr + i.to(tl.int64) * bias_t + j.to(tl.int64) * bias_s
+        bias = tl.load(at, mask=inside, other=float("-inf")).to(s.dtype)
+        s = tl.where(bias == float("-inf"), float("-inf"), s + bias * LOG2E)
+    if MASK & MODE:
+        at = mask_ptr + i.to(tl.int64) * mask_t + j.to(tl.int64) * mask_s
+        s = tl.where(tl.load(at, mask=inside, other=0) != 0, s, float("-inf"))
+    if BOUND:
+        visible = (j < length) & (i < queries)
+        if LEFT & MODE:
+            visible &= distance >= -left
+        if RIGHT & MODE:
+            visible &= distance <= right
+        s = tl.where(visible, s, float("-inf"))
+    return s, t
+
+
+@triton.jit
+def clean(tile, s, AXIS: tl.constexpr):
+    """Rows of a tile (keys or queries) that nobody across AXIS of the logits sees, as zeros.
+
+    A weight of 0 does not silence a NaN in a matrix product. What remains: a row with NaN that some
+    of the tile's partners see reaches all partners of that tile.
+    """
+    peak = tl.max(s, AXIS)  # may pass over NaN, whose weights are NaN and show without this row
+    return tl.where((peak > float("-inf"))[:, None], tile, 0.0).to(tile.dtype)
+
+
+@triton.jit
+def kept(
+    seed_ptr, first_row, start, THRESHOLD: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
+):
+    """Which weights dropout keeps, [ROWS, COLS]: generator rows from first_row, keys from start."""
+    row = first_row + tl.arange(0, ROWS)
+    group = start // 4 + tl.arange(0, COLS // 4)
+    return dropout_keeps(seed_ptr, row[:, None], group[None, :], THRESHOLD)
+
+
+class Problem:
+    """The arguments that forward and backward pass to their kernels alike."""
+
+    def __init__(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None,
+        bias: torch.Tensor | None, key_lengths: torch.Tensor | None,
+        alibi_slopes: torch.Tensor | None, sinks: torch.Tensor | None, offset: int, left: int,
+        right: int, scale: float, softcap: float, dropout_p: float, seed: torch.Tensor | None,
+    ) -> None:  # fmt: skip
+        self.batch, self.heads, self.queries, self.width = q.shape
+        self.kv_heads, self.keys, self.v_width = k.shape[1], k.shape[2], v.shape[3]
+        self.q, self.k, self.v, self.scale = q, k, v, scale
+        self.double = q.dtype == torch.float64
+        self.acc = torch.float64 if self.double else torch.float32
+        given = (
+            (MASK, mask is not None), (BIAS, bias is not None), (ALIBI, alibi_slopes is not None),
+            (SOFTCAP, softcap > 0.0), (LENGTHS, key_lengths is not None),
+            (SINKS, sinks is not None),
+            # Distances j - i - offset reach from 1 - queries - offset to keys - 1 - offset.
+            (LEFT, left < self.queries - 1 + offset), (RIGHT, right < self.keys - 1 - offset),
+        )  # fmt: skip
+        self.mode = sum(bit.value for bit, has in given if has)
+        drops = dropout_p > 0.0 and seed is not None
+        heavy = drops or (self.mode & HEAVY) != 0
+        self.launch = pick(q.dtype, max(self.width, self.v_width), heavy)
+        factor, cap = (scale / softcap, softcap) if softcap > 0.0 else (scale, 0.0)
+        factor, cap = factor * (1.0 if softcap > 0.0 else LOG2E.value), cap * LOG2E.value
+        # A scaled row maximum is the maximum of the scaled row, and one multiplication less, where
+        # the factor is positive and nothing is added to the product.
+        adds = MASK.value | LENGTHS.value | LEFT.value | RIGHT.value | SINKS.value
+        self.scale_constexpr = scale if self.double else 0.0
+        self.fold = factor > 0.0 and not self.mode & ~adds
+        mask_bytes = q if mask is None else mask.view(torch.uint8)
+        bias_values = q if bias is None else bias
+        mask_strides = (0, 0, 0, 0) if mask is None else mask.stride()
+        bias_strides = (0, 0, 0, 0) if bias is None else bias.stride()
+        reach = self.queries + self.keys + abs(offset)
+        self.common = (
+            mask_bytes, bias_values, *(or_placeholder(t, q) for t in (key_lengths, alibi_slopes)),
+            or_placeholder(seed, q),
+            *mask_strides, *bias_strides, self.heads, self.heads // self.kv_heads,
+            self.queries, self.keys, offset,
+            min(max(left, -reach), reach), min(max(right, -reach), reach), factor, cap,
+        )  # fmt: skip
+        largest = max(t.stride(2) for t in (q, k, v))
+        self.constexprs: dict[str, Any] = dict(
+            FACTOR=factor if self.double else 0.0, CAP=cap if self.double else 0.0,
+            THRESHOLD=threshold(dropout_p) if drops else 0,
+            KEEP_SCALE=1.0 / (1.0 - dropout_p) if drops and dropout_p < 1.0 else float(not drops),
+            MODE=self.mode, ACC=tl.float64 if self.double else tl.float32, D=self.width,
+            DV=self.v_width, BLOCK_D=_padded(self.width), BLOCK_DV=_padded(self.v_width),
+            WIDE=largest >= WIDE_STRIDE,
+        )  # fmt: skip
+
+    def at(self, tile: Tile) -> dict[str, Any]:
+        """Keyword arguments of a launch with this tile."""
+        return dict(
+            self.constexprs, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+        )  # fmt: skip
+
+
+def or_placeholder(tensor: torch.Tensor | None, placeholder: torch.Tensor) -> torch.Tensor:
+    """A pointer argument that the kernel will not read still has to be some tensor."""
+    return placeholder if tensor is None else tensor
+
+
+def _padded(width: int) -> int:
+    return max(16, triton.next_power_of_2(width))
+
+
+def result(like: torch.Tensor, width: int, heads_last: bool) -> torch.Tensor:
+    """An empty tensor shaped as `like` but for its last size."""
+    b, h, t, _ = like.shape
+    if heads_last:
+        return like.new_empty((b, t, h, width)).transpose(1, 2)
+    return like.new_empty((b, h, t, width))
+
+
+def strides(*tensors: torch.Tensor) -> tuple[int, ...]:
+    """Strides of sample, head and position of each."""
+    return tuple(stride for tensor in tensors for stride in tensor.stride()[:3])
+
+
+_FLOAT32 = ("lse_ptr", "delta_ptr", "slopes_ptr", "sinks_ptr")
+_OWN_TYPE = {"lengths_ptr": "*i64", "seed_ptr": "*i64", "mask_ptr": "*u8"}
+# Arguments that index arithmetic never multiplies into a pointer.
+PLAIN = ["heads", "group", "offset", "left", "right"]
+
+
+def entry(
+    fn: Any, label: str, dtype: str, width: int, tile: Tile, mode: int, drop: bool = False,
+    **special: Any,
+) -> Entry:  # fmt: skip
+    """One launch of `fn` with heads of this width."""
+    known: dict[str, Any] = dict(
+        FACTOR=0.0, CAP=0.0, THRESHOLD=threshold(0.1) if drop else 0,
+        KEEP_SCALE=1.0 / 0.9 if drop else 1.0, MODE=mode, ACC=tl.float32, D=width, DV=width,
+        BLOCK_D=_padded(width), BLOCK_DV=_padded(width), WIDE=False, BLOCK_M=tile.block_m,
+        BLOCK_N=tile.block_n, mask_s=1, bias_s=1, **special,
+    )  # fmt: skip
+    constexprs = {name: known[name] for name in fn.arg_names if name in known}
+    signature = {}
+    for name in fn.arg_names:
+        if name in ("factor", "cap", "scale"):
+            signature[name] = "fp32"
+        elif name.endswith("_ptr"):
+            plain = "*fp32" if name in _FLOAT32 else f"*{dtype}"
+            signature[name] = _OWN_TYPE.get(name, plain)
+        elif name not in constexprs:
+            signature[name] = "i32"
+    divisible = tuple(n for n in signature if n not in PLAIN and signature[n] != "fp32")
+    name = f"{fn.__name__.removesuffix('_kernel')} {dtype} {width} {label}"
+    return Entry(
+        name, fn, signature, constexprs, divisible, tile.num_warps, tile.num_stages, TARGETS
+    )  # fmt: skip
