@@ -80,8 +80,8 @@ def attention(
 
     Numerical error: products, softmax and sums in float32 (float64 for float64), around the row's
     largest score so far; what a query does not see is never multiplied, be it NaN. The backward
-    finds the weights again from the rounded logarithm: relative error |lse| times the type's epsilon,
-    as every flash attention, which a row with one dominant key multiplies in its gradients.
+    finds the weights again from the rounded logarithm, to a relative |lse| times the type's
+    epsilon, which a row with one dominant key multiplies in its gradients.
 
     Source: section 12.2; Vaswani et al., 2017; Dao et al., 2022, "FlashAttention".
     """
