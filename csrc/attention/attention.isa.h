@@ -323,25 +323,53 @@ void turn_scores(const Scores<A>& scores) {
   }
 }
 
-// One row of the bias, with -inf where the mask forbids.
+// A row of numbers `step` apart, times log2(e).
+template <class T>
+UDL_INLINE void scaled_row(const T* from, int64_t step, int64_t n, acc_t<T>* row) {
+  using A = acc_t<T>;
+  constexpr A kFactor = static_cast<A>(kLog2E);
+  int64_t k = 0;
+  for (; step == 1 && k + kLanes<A> <= n; k += kLanes<A>) {
+    store(row + k, load(from + k, Full{}) * kFactor, Full{});
+  }
+  for (; k < n; ++k) row[k] = load_one(from + k * step) * kFactor;
+}
+
+// Rows [first_row, first_row + count) of the bias against keys [first, first + n), kKeyBlock apart, with
+// -inf where the mask forbids.
 template <class A>
-void bias_row(const Attention& args, const QueryBlock& block, int64_t i, int64_t first, int64_t n,
-              A* row) {
-  for (int64_t k = 0; k < n; ++k) row[k] = 0;
-  if (args.bias.data != nullptr) {
+void bias_rows(const Attention& args, const QueryBlock& block, int64_t count, int64_t first,
+               int64_t n, A* rows) {
+  if (args.bias.data == nullptr) {
+    std::memset(rows, 0, static_cast<size_t>(count * kKeyBlock) * sizeof(A));
+  } else {
     with_type(args.bias_dtype, [&](auto type) {
       using T = decltype(type);
-      const T* bias = args.bias.at<T>(block.b, block.h, i) + first * args.bias.element;
-      for (int64_t k = 0; k < n; ++k) {
-        row[k] = static_cast<A>(load_one(bias + k * args.bias.element)) * static_cast<A>(kLog2E);
+      for (int64_t i = 0; i < count; ++i) {
+        const T* bias =
+            args.bias.at<T>(block.b, block.h, block.first + i) + first * args.bias.element;
+        A* row = rows + i * kKeyBlock;
+        if constexpr (std::is_same_v<acc_t<T>, A>) {
+          scaled_row(bias, args.bias.element, n, row);
+        } else {
+          for (int64_t k = 0; k < n; ++k) {
+            row[k] = static_cast<A>(load_one(bias + k * args.bias.element)) *
+                     static_cast<A>(kLog2E);
+          }
+        }
       }
     });
   }
-  if (args.mask.data != nullptr) {
+  for (int64_t i = 0; i < count && args.mask.data != nullptr; ++i) {
     const uint8_t* mask =
-        args.mask.at<uint8_t>(block.b, block.h, i) + first * args.mask.element;
-    for (int64_t k = 0; k < n; ++k) {
-      if (mask[k * args.mask.element] == 0) row[k] = static_cast<A>(kLowest);
+        args.mask.at<uint8_t>(block.b, block.h, block.first + i) + first * args.mask.element;
+    A* row = rows + i * kKeyBlock;
+    if (args.mask.element == 1) {
+      for (int64_t k = 0; k < n; ++k) row[k] = mask[k] == 0 ? static_cast<A>(kLowest) : row[k];
+    } else {
+      for (int64_t k = 0; k < n; ++k) {
+        if (mask[k * args.mask.element] == 0) row[k] = static_cast<A>(kLowest);
+      }
     }
   }
 }
@@ -357,15 +385,13 @@ void bias_scores(const Attention& args, const QueryBlock& block, const Scores<A>
   const bool same = (args.bias.data == nullptr || args.bias.row == 0) &&
                     (args.mask.data == nullptr || args.mask.row == 0);
   if (same) {
-    bias_row(args, block, block.first, first, n, scores.rows);
+    bias_rows(args, block, 1, first, n, scores.rows);
     for_scores(block.vectors, scores.at, n, [&](vec_t<A> s, int, int64_t k) UDL_LAMBDA {
       return add_bias<A>(s, splat<A>(scores.rows[k]));
     });
     return;
   }
-  for (int64_t i = 0; i < block.rows; ++i) {
-    bias_row(args, block, block.first + i, first, n, scores.rows + i * kKeyBlock);
-  }
+  bias_rows(args, block, block.rows, first, n, scores.rows);
   turn_scores(scores);
   for_scores(block.vectors, scores.at, n, [&](vec_t<A> s, int r, int64_t k) UDL_LAMBDA {
     const A* at = scores.turned + k * kQueryBlock<A> + r * kLanes<A>;

@@ -334,13 +334,26 @@ void backward_range(const Attention& args, const Range& range, KeyBlock<T>& work
 template <class T>
 void add_dbias(const Attention& args, const QueryBlock& block, KeyBlock<T>& work, acc_t<T>* dbias) {
   using A = acc_t<T>;
-  constexpr int64_t B = kQueryBlock<A>;
+  constexpr int64_t L = kLanes<A>, B = kQueryBlock<A>;
   const A* gradients = work.gradients.data();
-  const int64_t n = work.n;
+  for (int64_t i = 0; i < block.rows; i += L) {
+    for (int64_t k = 0; k < work.n; k += L) {
+      turn_tile(gradients + k * B + i, B, work.rows.data() + i * kKeyBlock + k, kKeyBlock);
+    }
+  }
   for (int64_t i = 0; i < block.rows; ++i) {
-    A* row = dbias + (args.bias_queries > 1 ? block.first + i : 0) * args.bias_keys;
-    for (int64_t k = 0; k < n; ++k) {
-      row[args.bias_keys > 1 ? work.first + k : 0] += gradients[k * B + i];
+    const A* row = work.rows.data() + i * kKeyBlock;
+    A* sums = dbias + (args.bias_queries > 1 ? block.first + i : 0) * args.bias_keys;
+    if (args.bias_keys > 1) {
+      sums += work.first;
+      int64_t k = 0;
+      for (; k + L <= work.n; k += L) {
+        store(sums + k, load(static_cast<const A*>(sums) + k, Full{}) + load(row + k, Full{}),
+              Full{});
+      }
+      for (; k < work.n; ++k) sums[k] += row[k];
+    } else {
+      for (int64_t k = 0; k < work.n; ++k) *sums += row[k];
     }
   }
 }

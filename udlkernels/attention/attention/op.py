@@ -314,14 +314,14 @@ def _fake_bwd(dout: Any, dlse: Any, q: Any, k: Any, v: Any, *args: Any) -> Any:
 
 FWD = _library.define(
     "attention_fwd(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? bias, Tensor? key_lengths,"
-    " Tensor? alibi_slopes, Tensor? sinks, int offset, int left, int right, float scale,"
+    " Tensor? alibi_slopes, Tensor? sinks, SymInt offset, int left, int right, float scale,"
     " float softcap, float dropout_p, Tensor? seed, bool heads_last) -> (Tensor out, Tensor lse)",
     _fake_fwd,
 )
 BWD = _library.define(
     "attention_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out,"
     " Tensor lse, Tensor? mask, Tensor? bias, Tensor? key_lengths, Tensor? alibi_slopes,"
-    " Tensor? sinks, int offset, int left, int right, float scale, float softcap,"
+    " Tensor? sinks, SymInt offset, int left, int right, float scale, float softcap,"
     " float dropout_p, Tensor? seed, bool heads_last, bool need_dq, bool need_dkv,"
     " bool need_dbias, bool need_dsinks)"
     " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsinks)",
