@@ -29,6 +29,9 @@ _spec.loader.exec_module(process)
 def _shares(backend: str, folder: Path) -> list[dict]:
     """What each of two processes computed, all cases."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    # In a checkout the package need not be installed.
+    paths = str(PROCESS.parents[2]), os.environ.get("PYTHONPATH", "")
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     if backend == "interpreter":
         environment["TRITON_INTERPRET"] = "1"
     command = [sys.executable, str(PROCESS)]
