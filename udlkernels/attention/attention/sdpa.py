@@ -70,6 +70,7 @@ def alike(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
         and shape[3] <= MAX_WIDTH
         and shape == k.shape == v.shape
         and q.dtype == k.dtype == v.dtype
+        and (q.is_cpu or not _no_tables(k, v))
     )
 
 
