@@ -3,6 +3,7 @@
 #include <cmath>
 #include <tuple>
 
+#include "dropout_op.h"
 #include "tensor.h"
 
 namespace udl {
@@ -67,13 +68,7 @@ struct Call {
     args.right = request.right;
     args.scale = request.scale;
     args.softcap = request.softcap;
-    if (request.dropout_p > 0 && request.seed.has_value()) {
-      const double p = request.dropout_p;
-      args.dropout.active = true;
-      args.dropout.seed = static_cast<uint64_t>(*data_of<int64_t>(request.seed));
-      args.dropout.threshold = p >= 1 ? 0xffffffffu : static_cast<uint32_t>(p * 4294967296.0);
-      args.dropout.scale = p >= 1 ? 0.0 : 1.0 / (1.0 - p);
-    }
+    args.dropout = make_dropout(request.dropout_p, request.seed);
     args.unclean = unclean.data();
     UDL_CALL(attention_query_block)(acc_dtype(args.dtype), &query_block);
     parallel_units(args.batches * args.key_heads,

@@ -20,6 +20,10 @@ constexpr int kVectors = 2, kTile = 4;
 template <class A>
 constexpr int64_t kQueryBlock = kVectors * kLanes<A>;
 constexpr double kLowest = -INFINITY;
+template <class A>
+constexpr int64_t whole_lanes(int64_t n) {
+  return (n + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
+}
 // Scores are held times log2(e), so that weights are powers of two.
 constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
 

@@ -6,11 +6,6 @@
 namespace udl::UDL_ISA {
 namespace {
 
-template <class A>
-constexpr int64_t whole_lanes(int64_t n) {
-  return (n + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
-}
-
 // Whether products run on pairs: of an even width, whose queries can be paired along it.
 template <class T>
 UDL_INLINE bool uses_pairs(const Attention& args) {
@@ -174,7 +169,8 @@ void multiply_block(const Attention& args, int vectors, int64_t i, const HeadPan
                        static_cast<const A*>(panels.turned(i)), args.width, score_factor<A>(args),
                        weights);
   lanes_product<false>(vectors, work.values.data, work.values.stride, 1, work.n,
-                       static_cast<const A*>(panels.turned_dout(i)), args.value_width, A(1), gradients);
+                       static_cast<const A*>(panels.turned_dout(i)), args.value_width, A(1),
+                       gradients);
 }
 
 // The weights of a block (times what dropout keeps of them) and the gradients of its scores, before
@@ -305,10 +301,11 @@ void backward_range(const Attention& args, const Range& range, KeyBlock<T>& work
       if (work.first >= block.key_end || work.first + work.n <= block.key_begin) continue;
       block_gradients(args, block, i, panels, work);
       if (args.softcap > 0) {
-        for_scores(block.vectors, work.gradients.data(), work.n, [&](vec_t<A> g, int r, int64_t k) UDL_LAMBDA {
+        const auto slope = [&](vec_t<A> g, int r, int64_t k) UDL_LAMBDA {
           const A* at = work.slope.data() + k * B + r * kLanes<A>;
           return g == 0 ? g : g * load(at, Full{});
-        });
+        };
+        for_scores(block.vectors, work.gradients.data(), work.n, slope);
       }
       if (with_keys) {
         add_rows(block, work, static_cast<const A*>(work.weights.data()), panels.dout(i),

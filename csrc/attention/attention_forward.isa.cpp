@@ -18,7 +18,7 @@ struct Forward {
         keys(std::is_same_v<T, A> ? 0 : kKeyBlock * args.width),
         values(std::is_same_v<T, A> ? 0 : kKeyBlock * args.value_width),
         pairs(kHasPairs<T> && args.width % 2 == 0),
-        value_row((args.value_width + kLanes<A> - 1) / kLanes<A> * kLanes<A>),
+        value_row(whole_lanes<A>(args.value_width)),
         weight_pairs(pairs ? kKeyBlock / 2 * B : 0),
         value_pairs(pairs ? kKeyBlock / 2 * value_row : 0) {}
   Array<A> queries, scores, turned, rows, out, keys, values;
@@ -138,7 +138,8 @@ void add_values(const Attention& args, const QueryBlock& block, Forward<T>& work
   const Panel<T> values = panel_of(rows, args.v.row, n, args.value_width, work.values.data());
   const A* weights = work.scores.data();
   if (unclean) {
-    careful_product(block.vectors, values.data, 1, values.stride, args.value_width, weights, n, work.out.data());
+    careful_product(block.vectors, values.data, 1, values.stride, args.value_width, weights, n,
+                    work.out.data());
   } else {
     lanes_product<true>(block.vectors, values.data, 1, values.stride, args.value_width, weights, n,
                         A(1), work.out.data());

@@ -148,7 +148,9 @@ struct Call {
   }
   double* take_doubles() { return reinterpret_cast<double*>(scratch.take(doubles())); }
   void* take_vector() { return scratch.take(vector_bytes); }
-  void* take_partials(int64_t sums) { return scratch.take(sums * args.chunks * args.fold * vector_bytes); }
+  void* take_partials(int64_t sums) {
+    return scratch.take(sums * args.chunks * args.fold * vector_bytes);
+  }
 
   // The saved statistics [3, C]: mean, its remainder, inverse deviation.
   void use_stats(const Tensor& stats) {

@@ -2,17 +2,10 @@
 // run down the rows of a chunk, some rows at a time, in an array that stays in the L1 cache.
 #include "normalization/batch_norm.h"
 #include "normalization/batch_norm.isa.h"
+#include "normalization/row_groups.isa.h"
 
 namespace udl::UDL_ISA {
 namespace {
-
-// body(r, integral_constant k) for rows [begin, end), K at a time if `together`, and then one by one.
-template <int K, class Body>
-UDL_INLINE void for_row_groups(bool together, int64_t begin, int64_t end, Body body) {
-  int64_t r = begin;
-  for (; together && r + K <= end; r += K) body(r, std::integral_constant<int, K>{});
-  for (; r < end; ++r) body(r, std::integral_constant<int, 1>{});
-}
 
 // The runs of K rows, from column `first` on.
 template <int K, class T, class Use>
@@ -33,15 +26,10 @@ UDL_INLINE void with_runs(const BatchNorm& args, int64_t first, int64_t r, Use u
 // Eight rows a visit of the sums that lie in the L1 cache: what waits for a stored sum to be loaded
 // again takes as long as the loads of eight short rows.
 constexpr int kSumRows = 8;
-// Four rows share the loads of the channels' values, where the caches hold what a pass reads: from
-// memory single rows came up to 1.4 times faster, in the order of their addresses, which the hardware
-// foresees. The sums are the same either way.
-constexpr int kRows = 4;
-constexpr int64_t kFewBytes = 16 << 20;
 
 // Whether to take rows together in a pass that reads so many tensors.
 UDL_INLINE bool rows_together(const BatchNorm& args, int64_t tensors) {
-  return tensors * args.rows * args.columns_wide() * element_size(args.dtype) <= kFewBytes;
+  return fit_together(tensors * args.rows * args.columns_wide() * element_size(args.dtype));
 }
 
 // The sum of K packs as a tree: short chains of additions.

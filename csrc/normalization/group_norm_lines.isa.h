@@ -4,11 +4,10 @@
 #pragma once
 
 #include "normalization/group_norm.isa.h"
+#include "normalization/row_groups.isa.h"
 
 namespace udl::UDL_ISA {
 namespace {
-
-constexpr int kRows = 4;  // positions taken together
 
 UDL_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -21,20 +20,10 @@ UDL_INLINE Chunk chunk_of(const GroupNormSizes& args, int64_t unit) {
   return {n, index, first, least(first + args.chunk_positions, args.positions)};
 }
 
-// Whether to take positions together in a pass that reads so many tensors: where the caches hold them.
-// From memory single rows are faster, in the order of their addresses. The sums are the same.
+// Whether to take positions together in a pass that reads so many tensors.
 UDL_INLINE bool rows_together(const GroupNormSizes& args, int64_t tensors) {
-  constexpr int64_t kFewBytes = 16 << 20;
-  return tensors * args.samples * args.channels * args.positions * element_size(args.dtype) <=
-         kFewBytes;
-}
-
-// body(p, rows) for positions [first, last), where rows is a constant: kRows if `together`, then 1.
-template <class Body>
-UDL_INLINE void for_rows(bool together, int64_t first, int64_t last, Body body) {
-  int64_t p = first;
-  for (; together && p + kRows <= last; p += kRows) body(p, std::integral_constant<int, kRows>{});
-  for (; p < last; ++p) body(p, std::integral_constant<int, 1>{});
+  return fit_together(tensors * args.samples * args.channels * args.positions *
+                      element_size(args.dtype));
 }
 
 // Where the rows of a tensor start that are taken together, from some channel on.

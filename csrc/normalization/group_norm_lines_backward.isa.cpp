@@ -67,7 +67,7 @@ void chunk_sums(const GroupNormBackward& args, const Chunk& chunk, ChannelVector
   sums.clear(2);
   A *g_sums = sums[0], *deviation_sums = sums[1];
   const bool activated = args.act != Activation::identity;
-  for_rows(rows_together(args, 2), chunk.first, chunk.last, [&](int64_t p, auto rows) UDL_LAMBDA {
+  for_row_groups<kRows>(rows_together(args, 2), chunk.first, chunk.last, [&](int64_t p, auto rows) UDL_LAMBDA {
     constexpr int kCount = decltype(rows)::value;
     if (activated) {
       add_activated<kCount>(args, chunk.n, p, vectors, g_sums, deviation_sums);
@@ -187,7 +187,7 @@ void dx_chunks(const GroupNormBackward& args, int64_t begin, int64_t end, Vector
       sample_factors(args, chunk.n, vectors.work);
       vectors.work.arrange(3);
     }
-    for_rows(rows_together(args, 2), chunk.first, chunk.last, [&](int64_t p, auto rows) UDL_LAMBDA {
+    for_row_groups<kRows>(rows_together(args, 2), chunk.first, chunk.last, [&](int64_t p, auto rows) UDL_LAMBDA {
       dx_rows<decltype(rows)::value>(args, chunk.n, p, vectors.affine, vectors.work);
     });
   }

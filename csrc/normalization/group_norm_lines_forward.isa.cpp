@@ -32,7 +32,7 @@ void sum_around(const GroupNormForward& args, const Chunk& chunk, int64_t last,
   using A = acc_t<T>;
   A *around = vectors[0], *sums = vectors[1], *squares = vectors[2];
   std::memset(sums, 0, static_cast<size_t>(2 * (squares - sums)) * sizeof(A));
-  for_rows(rows_together(args, 1), chunk.first, last, [&](int64_t p, auto rows) UDL_LAMBDA {
+  for_row_groups<kRows>(rows_together(args, 1), chunk.first, last, [&](int64_t p, auto rows) UDL_LAMBDA {
     add_rows<decltype(rows)::value>(args.x.at<T>(chunk.n, 0, p), args.x.position, args.channels,
                                     static_cast<const A*>(around), sums, squares);
   });
@@ -145,7 +145,7 @@ void write_activated(const GroupNormForward& args, int64_t n, int64_t p,
 template <class T>
 void write_chunk(const GroupNormForward& args, const Chunk& chunk, ChannelVectors<T>& vectors) {
   const bool direct = args.act == Activation::identity && args.residual.data == nullptr;
-  for_rows(rows_together(args, 1), chunk.first, chunk.last, [&](int64_t p, auto rows) UDL_LAMBDA {
+  for_row_groups<kRows>(rows_together(args, 1), chunk.first, chunk.last, [&](int64_t p, auto rows) UDL_LAMBDA {
     if (direct) {
       write_rows<decltype(rows)::value>(args, chunk.n, p, vectors);
     } else {

@@ -4,6 +4,7 @@
 
 #include <utility>
 
+#include "dropout_op.h"
 #include "normalization/row_norm.h"
 #include "tensor.h"
 
@@ -11,16 +12,6 @@ namespace udl {
 
 using RowNormForwardKernel = void (*)(const RowNormForward&, int64_t, int64_t);
 using RowNormBackwardKernel = void (*)(const RowNormBackward&, int64_t, int64_t);
-
-inline Dropout make_dropout(double p, const std::optional<Tensor>& seed) {
-  Dropout dropout;
-  if (p <= 0 || !seed.has_value()) return dropout;
-  dropout.active = true;
-  dropout.seed = static_cast<uint64_t>(*static_cast<const int64_t*>(seed->const_data_ptr()));
-  dropout.threshold = p >= 1 ? 0xffffffffu : static_cast<uint32_t>(p * 4294967296.0);
-  dropout.scale = p >= 1 ? 0.0 : 1.0 / (1.0 - p);
-  return dropout;
-}
 
 // Fills in and runs a forward whose affine vectors, statistics and flags are set.
 inline Tensor run_forward(RowNormForwardKernel kernel, RowNormForward& args, const Tensor& x,

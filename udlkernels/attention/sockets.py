@@ -30,7 +30,7 @@ def register() -> None:
 
     if not ready.cpu:
         raise ArgumentError("register", "extension", "the C++ kernels", "none (see doctor)")
-    register_flash_attention_impl(NAME, register_fn=_activate)
+    register_flash_attention_impl(NAME, register_fn=_Active)
 
 
 class _Active:
@@ -44,10 +44,6 @@ class _Active:
     def remove(self) -> None:
         self._library._destroy()
         self._library = None
-
-
-def _activate() -> _Active:
-    return _Active()
 
 
 def _options(q: torch.Tensor, k: torch.Tensor, mask: Any, causal: bool, scale: Any) -> Any:
