@@ -30,6 +30,11 @@ struct Attention {
   Heads mask;  // one byte an element
   Heads bias;
   const int64_t* key_lengths = nullptr;  // [B]
+  // Query i of sample b sees keys from ranges[b * ranges_batch + 2 * i] to before the number after it.
+  const int64_t* ranges = nullptr;
+  int64_t ranges_batch = 0;
+  Heads block_mask;  // one byte for each block_size queries by block_size keys
+  int64_t block_size = 0;
   const void* alibi_slopes = nullptr;    // [B, H], accumulation type
   const void* sinks = nullptr;           // [H], accumulation type
   // Key j is seen by query i where -left <= j - i - offset <= right.
@@ -40,11 +45,12 @@ struct Attention {
   // the values. A weight of zero must not meet one in a product.
   uint8_t* unclean = nullptr;
   Heads out;
-  void* lse = nullptr;  // [B, H, T], accumulation type
+  void* lse = nullptr;  // [B, H, T], accumulation type, with row_stride from head to head
+  int64_t row_stride = 0, dropout_row = 0;  // dropout's rows start there
   // Backward.
   Heads dout, dq, dk, dv;  // data is null where not wanted
   Heads dlse;            // [B, H, T], accumulation type
-  void* delta = nullptr;       // [B, H, T], accumulation type: dout . out - dlse
+  void* delta = nullptr;       // as lse: dout . out - dlse
   int64_t key_parts = 1;       // into which the blocks of keys of a head are cut, ...
   int64_t query_parts = 1;     // ... and those of queries
   // The bias's gradient, accumulation type, [B or 1, H or 1, T or 1, S or 1] as the extents say.
@@ -52,6 +58,10 @@ struct Attention {
   int64_t bias_batches = 1, bias_heads = 1, bias_queries = 1, bias_keys = 1;
 
   UDL_ALWAYS_INLINE int64_t group() const { return heads / key_heads; }
+  // Where a row of a head stands in lse and delta.
+  UDL_ALWAYS_INLINE int64_t row_at(int64_t b, int64_t h, int64_t i) const {
+    return (b * heads + h) * row_stride + i;
+  }
 };
 
 // Keys of one block. Blocks start at multiples of it whatever is asked for, so that the order of a
