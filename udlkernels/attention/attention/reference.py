@@ -68,10 +68,13 @@ def default_scale(q: torch.Tensor) -> float:
 
 def attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any, bias: Any, key_lengths: Any,
-    alibi_slopes: Any, sinks: Any, seed: Any, offset: int, left: int, right: int, scale: float,
-    softcap: float, dropout_p: float,
+    alibi_slopes: Any, sinks: Any, seed: Any, offset: Any, left: int, right: int, scale: float,
+    softcap: float, dropout_p: float, rows: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """out [B, H, T, Dv] and lse [B, H, T] of q, k, v with the heads before the rows."""
+    """out [B, H, T, Dv] and lse [B, H, T] of q, k, v with the heads before the rows.
+
+    The offset may be a tensor that broadcasts to [B, 1, T, S]; rows: those of dropout's generator.
+    """
     dtype, wide = q.dtype, torch.float64 if q.dtype == torch.float64 else torch.float32
     with torch.autocast(q.device.type, enabled=False):
         q = q.to(wide)
@@ -100,7 +103,7 @@ def attend(
         logits = logits.masked_fill(empty, 0.0)
         lse = logits.logsumexp(-1, keepdim=True).masked_fill(empty, -math.inf).squeeze(-1)
         p = logits.softmax(-1).masked_fill(empty, 0.0)[..., : s.shape[-1]]
-        p = dropout(p, dropout_p, seed, max(s.shape[-1], 1))
+        p = dropout(p, dropout_p, seed, max(s.shape[-1], 1), rows)
         return _weigh(p, s != -math.inf, v).to(dtype), lse
 
 
