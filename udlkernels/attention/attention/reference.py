@@ -69,7 +69,8 @@ def default_scale(q: torch.Tensor) -> float:
 def attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any, bias: Any, key_lengths: Any,
     alibi_slopes: Any, sinks: Any, seed: Any, offset: int, left: int, right: int, scale: float,
-    softcap: float, dropout_p: float,
+    softcap: float, dropout_p: float, ranges: Any = None, block_mask: Any = None,
+    block_size: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """out [B, H, T, Dv] and lse [B, H, T] of q, k, v with the heads before the rows."""
     dtype, wide = q.dtype, torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -88,6 +89,11 @@ def attend(
         seen = (distance >= -left) & (distance <= right)
         if key_lengths is not None:
             seen = seen & (j < key_lengths[:, None, None, None])
+        if ranges is not None:
+            low, high = ranges[:, None, :, :1], ranges[:, None, :, 1:]
+            seen = seen & (j >= low) & (j < high)
+        if block_mask is not None:
+            seen = seen & spread_blocks(block_mask, block_size, *s.shape[2:])
         if mask is not None:
             seen = seen & mask
         if bias is not None:
@@ -102,6 +108,13 @@ def attend(
         p = logits.softmax(-1).masked_fill(empty, 0.0)[..., : s.shape[-1]]
         p = dropout(p, dropout_p, seed, max(s.shape[-1], 1))
         return _weigh(p, s != -math.inf, v).to(dtype), lse
+
+
+def spread_blocks(block_mask: torch.Tensor, size: int, queries: int, keys: int) -> torch.Tensor:
+    """A mask of blocks [..., ceil(T / size), ceil(S / size)] as one of tokens [..., T, S]."""
+    rows = torch.arange(queries, device=block_mask.device) // size
+    cols = torch.arange(keys, device=block_mask.device) // size
+    return block_mask[..., rows[:, None], cols]
 
 
 def _products(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
