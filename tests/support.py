@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch._dynamo.backends.common import aot_autograd
+from torch._functorch import config as functorch_config
 
 from udlkernels import testing
 
@@ -17,20 +18,22 @@ from udlkernels import testing
 def assert_compiles(
     fn: Callable[..., Any],
     input_sets: Sequence[Sequence[torch.Tensor | None]],
-    ops: tuple[str, str],
+    ops: tuple[str, ...],
     backend: str = "aot_eager",
     dynamic: bool = False,
+    gradients: bool = True,
 ) -> None:
     """Compiles in one graph; the kernels' ops stand in it; values and gradients are eager's bits.
 
     Args:
-        ops: names of the forward and the backward op.
+        ops: names of the forward and the backward op; without gradients of all in the forward.
         input_sets: one call each; with `dynamic` all must run without a second compilation.
     """
     graphs: list[str] = []
 
     def inspect(graph: torch.fx.GraphModule, inputs: Any) -> Any:
-        graphs.append(" ".join(str(node.target) for node in graph.graph.nodes))
+        # A node that makes an op functional has the op as its first argument.
+        graphs.append(" ".join(f"{node.target} {node.args[:1]}" for node in graph.graph.nodes))
         return graph
 
     def compiler(graph: torch.fx.GraphModule, inputs: Any) -> Any:
@@ -42,29 +45,32 @@ def assert_compiles(
             inspect(inner_graph, inner_inputs)
             return compile_fx_inner(inner_graph, inner_inputs, **kwargs)
 
-        return compile_fx(graph, inputs, inner_compile=inner)
+        with functorch_config.patch(enable_autograd_cache=False):  # it would skip `inner`
+            return compile_fx(graph, inputs, inner_compile=inner)
 
     torch._dynamo.reset()
     compiled = torch.compile(fn, fullgraph=True, dynamic=dynamic, backend=compiler)
     for inputs in input_sets:
         torch.manual_seed(5)
-        expected = testing.run(fn, inputs)
+        expected = testing.run(fn, inputs, gradients=gradients)
         torch.manual_seed(5)
-        found = testing.run(compiled, inputs)
+        found = testing.run(compiled, inputs, gradients=gradients)
         _assert_same(found, expected)
     for op in ops:
         assert any(f"udlkernels.{op}" in graph for graph in graphs), (op, graphs)
     if dynamic:
-        assert len(graphs) == 2, f"{len(graphs)} graphs for {len(input_sets)} shapes"
+        assert len(graphs) == 1 + gradients, f"{len(graphs)} graphs for {len(input_sets)} shapes"
 
 
-def assert_deterministic(fn: Callable[..., Any], inputs: Sequence[torch.Tensor | None]) -> None:
+def assert_deterministic(
+    fn: Callable[..., Any], inputs: Sequence[torch.Tensor | None], gradients: bool = True
+) -> None:
     """The same bits, outputs and gradients, twice over and at 1, 2 and 3 threads."""
     with testing.threads(1):
-        expected = testing.run(fn, inputs)
+        expected = testing.run(fn, inputs, gradients=gradients)
     for count in (1, 2, 3):
         with testing.threads(count):
-            _assert_same(testing.run(fn, inputs), expected)
+            _assert_same(testing.run(fn, inputs, gradients=gradients), expected)
 
 
 def assert_rows_independent(

@@ -18,34 +18,40 @@ def _multiply(a: int, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (high + (low >> 16)) >> 16, ((high << 16) + low) & _LOW
 
 
-def words(seed: torch.Tensor, rows: int, cols: int) -> torch.Tensor:
-    """Random 32-bit words, int64 [rows, cols]."""
+def words(seed: torch.Tensor, rows: int | torch.Tensor, cols: int) -> torch.Tensor:
+    """Random 32-bit words, int64 [rows, cols]: of the first rows, or of those in a tensor."""
     device = seed.device
     groups = (cols + 3) // 4
     key = seed.reshape(())
     k0, k1 = key & _LOW, (key >> 32) & _LOW
-    row = torch.arange(rows, device=device)[:, None]
-    c0 = torch.arange(groups, device=device).expand(rows, groups)
-    c1 = (row & _LOW).expand(rows, groups)
-    c2 = (row >> 32).expand(rows, groups)
+    places = torch.arange(rows, device=device) if isinstance(rows, int) else rows.reshape(-1)
+    row, count = places[:, None], places.numel()
+    c0 = torch.arange(groups, device=device).expand(count, groups)
+    c1 = (row & _LOW).expand(count, groups)
+    c2 = (row >> 32).expand(count, groups)
     c3 = torch.zeros_like(c0)
     for _ in range(10):
         hi_a, lo_a = _multiply(0xD2511F53, c0)
         hi_b, lo_b = _multiply(0xCD9E8D57, c2)
         c0, c1, c2, c3 = hi_b ^ c1 ^ k0, lo_b, hi_a ^ c3 ^ k1, lo_a
         k0, k1 = (k0 + 0x9E3779B9) & _LOW, (k1 + 0xBB67AE85) & _LOW
-    return torch.stack((c0, c1, c2, c3), -1).reshape(rows, 4 * groups)[:, :cols]
+    return torch.stack((c0, c1, c2, c3), -1).reshape(count, 4 * groups)[:, :cols]
 
 
-def dropout(x: torch.Tensor, p: float, seed: torch.Tensor | None, cols: int) -> torch.Tensor:
+def dropout(
+    x: torch.Tensor, p: float, seed: torch.Tensor | None, cols: int,
+    rows: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
     """x with elements zeroed with probability p and the rest scaled by 1 / (1 - p).
 
     Args:
         cols: how many elements of x make a row.
+        rows: which row of the generator each row of x takes; None for 0, 1, 2 and so on.
     """
     if p <= 0 or seed is None or x.numel() == 0:
         return x
-    dropped = words(seed, x.numel() // cols, cols).reshape(x.shape) < threshold(p)
+    places = x.numel() // cols if rows is None else rows
+    dropped = words(seed, places, cols).reshape(x.shape) < threshold(p)
     scale = 1.0 / (1.0 - p) if p < 1 else 0.0
     return torch.where(dropped, torch.zeros((), dtype=x.dtype, device=x.device), x * scale)
 

@@ -1,6 +1,8 @@
 """Drop-in functions with torch.nn.functional's names and signatures, and the fused ones beside."""
 
 from udlkernels.attention.attention.op import attention, scaled_dot_product_attention
+from udlkernels.attention.attention_decode.op import attention_decode
+from udlkernels.attention.attention_varlen.op import attention_varlen
 from udlkernels.normalization.act_norm.op import act_norm
 from udlkernels.normalization.adaptive_layer_norm.op import adaptive_layer_norm
 from udlkernels.normalization.batch_norm.op import batch_norm, batch_norm_act
@@ -20,6 +22,8 @@ __all__ = [
     "add_layer_norm",
     "add_rms_norm",
     "attention",
+    "attention_decode",
+    "attention_varlen",
     "batch_norm",
     "batch_norm_act",
     "group_norm",

@@ -321,10 +321,13 @@ def test_opcheck(heads_last):
     mask = _mask(sizes, (2, 1, 5, 8)).expand(2, 4, 5, 8)
     bias = testing.make((1, 4, 1, 8)).expand(2, 4, 5, 8)
     lengths, slopes, sinks = torch.tensor([3, 8]), torch.rand(2, 4), torch.randn(4)
+    ranges = torch.tensor([[1, 8]]).expand(2, 5, 2)
+    blocks = torch.tensor([[True, False], [True, True]]).expand(2, 4, 2, 2)
     numbers = (1, 3, 2**62, 0.4, 2.0, 0.25, torch.tensor([5]), heads_last)
-    none = (None,) * 5
+    everything = (mask, bias, lengths, slopes, sinks, ranges, blocks, 4)
+    none = (*(None,) * 7, 0)
     plain = (0, 2**62, 2**62, 0.4, 0.0, 0.0, None, heads_last)
-    for extras, last in ((none, plain), ((mask, bias, lengths, slopes, sinks), numbers)):
+    for extras, last in ((none, plain), (everything, numbers)):
         args = (q, k, v, *extras, *last)
         out, lse = op.attention_fwd(*args)
         assert_opcheck(op.attention_fwd, args)

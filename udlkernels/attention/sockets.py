@@ -54,7 +54,8 @@ def _options(q: torch.Tensor, k: torch.Tensor, mask: Any, causal: bool, scale: A
         boolean, bias = (expanded, None) if mask.dtype == torch.bool else (None, expanded)
     right = 0 if causal else NO_LIMIT
     factor = default_scale(q) if scale is None else scale
-    return boolean, bias, None, None, None, 0, NO_LIMIT, right, factor, 0.0, 0.0, None
+    extras = boolean, bias, None, None, None, None, None, 0
+    return *extras, 0, NO_LIMIT, right, factor, 0.0, 0.0, None
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:

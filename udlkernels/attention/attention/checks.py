@@ -72,46 +72,65 @@ def check_options(
     seed: Any,
 ) -> None:  # fmt: skip
     """Raises for an option that no implementation can take; q, k: [B, H, T, D]."""
-    if causal not in ALIGNMENTS:
-        raise ArgumentError(OP, "causal", f"one of {ALIGNMENTS}", repr(causal))
-    if window is not None:
-        _check_window(window)
+    check_numbers(OP, ALIGNMENTS, causal, window, softcap, scale, dropout_p)
     tensors = dict(
         mask=mask, bias=bias, key_lengths=key_lengths, alibi_slopes=alibi_slopes, sinks=sinks,
         seed=seed,
     )  # fmt: skip
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.device != q.device:
-            raise ArgumentError(OP, name, f"a tensor on {q.device} (q's device)", tensor.device)
+    check_devices(OP, q, tensors)
     if mask is not None or bias is not None:
         _check_masks(q, k, mask, bias)
     if key_lengths is not None:
         _check_key_lengths(key_lengths, q.shape[0], k.shape[2])
-    batch, heads = q.shape[:2]
+    check_heads(OP, q.shape[0], q.shape[1], alibi_slopes, sinks)
+    if seed is not None:
+        check_seed(OP, seed)
+
+
+def check_numbers(
+    op: str, alignments: tuple[str | None, ...], causal: Any, window: Any, softcap: Any,
+    scale: Any, dropout_p: float,
+) -> None:  # fmt: skip
+    if causal not in alignments:
+        raise ArgumentError(op, "causal", f"one of {alignments}", repr(causal))
+    if window is not None:
+        _check_window(op, window)
+    if softcap is not None and not 0.0 <= softcap < math.inf:
+        raise ArgumentError(op, "softcap", "None or a finite number >= 0", softcap)
+    if scale is not None and not -math.inf < scale < math.inf:
+        raise ArgumentError(op, "scale", "None or a finite number", scale)
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ArgumentError(op, "dropout_p", "a probability in [0, 1]", dropout_p)
+
+
+def check_devices(op: str, q: torch.Tensor, tensors: dict[str, torch.Tensor | None]) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != q.device:
+            raise ArgumentError(op, name, f"a tensor on {q.device} (q's device)", tensor.device)
+
+
+def check_heads(op: str, batch: int, heads: int, alibi_slopes: Any, sinks: Any) -> None:
     if alibi_slopes is not None and (
         not alibi_slopes.is_floating_point() or alibi_slopes.shape not in ((heads,), (batch, heads))
     ):
         wanted = f"floating point, shape [{heads}] or [{batch}, {heads}] (q's heads)"
-        raise ArgumentError(OP, "alibi_slopes", wanted, describe(alibi_slopes))
+        raise ArgumentError(op, "alibi_slopes", wanted, describe(alibi_slopes))
     if sinks is not None and (not sinks.is_floating_point() or sinks.shape != (heads,)):
         wanted = f"floating point, shape [{heads}] (q's heads)"
-        raise ArgumentError(OP, "sinks", wanted, describe(sinks))
-    if softcap is not None and not 0.0 <= softcap < math.inf:
-        raise ArgumentError(OP, "softcap", "None or a finite number >= 0", softcap)
-    if scale is not None and not -math.inf < scale < math.inf:
-        raise ArgumentError(OP, "scale", "None or a finite number", scale)
-    if not 0.0 <= dropout_p <= 1.0:
-        raise ArgumentError(OP, "dropout_p", "a probability in [0, 1]", dropout_p)
-    if seed is not None and (seed.dtype != torch.int64 or seed.numel() != 1):
-        raise ArgumentError(OP, "seed", "an int64 tensor of one value", describe(seed))
+        raise ArgumentError(op, "sinks", wanted, describe(sinks))
 
 
-def _check_window(window: Any) -> None:
+def check_seed(op: str, seed: torch.Tensor) -> None:
+    if seed.dtype != torch.int64 or seed.numel() != 1:
+        raise ArgumentError(op, "seed", "an int64 tensor of one value", describe(seed))
+
+
+def _check_window(op: str, window: Any) -> None:
     if not isinstance(window, (tuple, list)) or len(window) != 2:
-        raise ArgumentError(OP, "window", "a pair (left, right)", repr(window))
+        raise ArgumentError(op, "window", "a pair (left, right)", repr(window))
     for side in window:
         if side is not None and (not isinstance(side, int) or side < 0):
-            raise ArgumentError(OP, "window", "integers >= 0 or None (no limit)", repr(window))
+            raise ArgumentError(op, "window", "integers >= 0 or None (no limit)", repr(window))
 
 
 def _check_masks(q: torch.Tensor, k: torch.Tensor, mask: Any, bias: Any) -> None:
@@ -129,16 +148,22 @@ def _check_key_lengths(key_lengths: torch.Tensor, batch: int, keys: int) -> None
     if key_lengths.shape != (batch,) or key_lengths.dtype not in (torch.int32, torch.int64):
         wanted = f"int32 or int64, shape [{batch}] (q's batch)"
         raise ArgumentError(OP, "key_lengths", wanted, describe(key_lengths))
-    # Reading values would wait for a GPU and cannot be traced; the kernels never pass S anyway.
-    if (
-        torch.compiler.is_compiling()
-        or type(key_lengths) is not torch.Tensor
-        or not key_lengths.is_cpu
-        or torch._C._are_functorch_transforms_active()
-        or batch == 0
-    ):
+    if batch == 0 or not readable(key_lengths):
         return
     least, most = (int(end) for end in key_lengths.aminmax())
     if least < 0 or most > keys:
         got = f"{least} to {most}"
         raise ArgumentError(OP, "key_lengths", f"lengths from 0 to {keys} (the keys)", got)
+
+
+def readable(values: torch.Tensor) -> bool:
+    """Whether a check may look at values: that would wait for a GPU, and cannot be traced.
+
+    The kernels never leave the bounds of their tensors, whatever the values.
+    """
+    return (
+        values.is_cpu
+        and type(values) is torch.Tensor
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+    )

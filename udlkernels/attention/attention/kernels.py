@@ -156,9 +156,9 @@ def attention_fwd_kernel(
 def attention_fwd(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None,
     bias: torch.Tensor | None, key_lengths: torch.Tensor | None,
-    alibi_slopes: torch.Tensor | None, sinks: torch.Tensor | None, offset: int, left: int,
-    right: int, scale: float, softcap: float, dropout_p: float, seed: torch.Tensor | None,
-    heads_last: bool,
+    alibi_slopes: torch.Tensor | None, sinks: torch.Tensor | None, ranges: torch.Tensor | None,
+    block_mask: torch.Tensor | None, block_size: int, offset: int, left: int, right: int,
+    scale: float, softcap: float, dropout_p: float, seed: torch.Tensor | None, heads_last: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     problem = Problem(
         q, k, v, mask, bias, key_lengths, alibi_slopes, sinks, offset, left, right, scale, softcap,
@@ -179,9 +179,10 @@ def attention_bwd(
     dout: torch.Tensor, dlse: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor,
     v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, mask: torch.Tensor | None,
     bias: torch.Tensor | None, key_lengths: torch.Tensor | None,
-    alibi_slopes: torch.Tensor | None, sinks: torch.Tensor | None, offset: int, left: int,
-    right: int, scale: float, softcap: float, dropout_p: float, seed: torch.Tensor | None,
-    heads_last: bool, need_dq: bool, need_dkv: bool, need_dbias: bool, need_dsinks: bool,
+    alibi_slopes: torch.Tensor | None, sinks: torch.Tensor | None, ranges: torch.Tensor | None,
+    block_mask: torch.Tensor | None, block_size: int, offset: int, left: int, right: int,
+    scale: float, softcap: float, dropout_p: float, seed: torch.Tensor | None, heads_last: bool,
+    need_dq: bool, need_dkv: bool, need_dbias: bool, need_dsinks: bool,
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
     """dq, dk, dv, dbias, dsinks; what is not wanted comes back without elements."""
     problem = Problem(

@@ -232,9 +232,14 @@ def _wide(x: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
 def _attend(
     q: Any, k: Any, v: Any, mask: Any, bias: Any, key_lengths: Any, alibi_slopes: Any, sinks: Any,
     offset: int, left: int, right: int, scale: float, softcap: float, dropout_p: float, seed: Any,
-    heads_last: bool, with_lse: bool,
+    heads_last: bool, with_lse: bool, ranges: Any = None, block_mask: Any = None,
+    block_size: int = 0,
 ) -> Any:  # fmt: skip
-    """The kernels, on tensors and options that fit: out, or (out, lse) with_lse."""
+    """The kernels, on tensors and options that fit: out, or (out, lse) with_lse.
+
+    ranges: int64, broadcasts to [B, T, 2]; a query sees no key outside of its [low, high).
+    block_mask: bool, broadcasts to [B, H, ceil(T / block_size), ceil(S / block_size)].
+    """
     if q.stride(3) != 1:
         q = q.contiguous()
     if k.stride(3) != 1:
@@ -251,17 +256,24 @@ def _attend(
         alibi_slopes = _wide(alibi_slopes, q).expand(q.shape[:2]).contiguous()
     if sinks is not None:
         sinks = _wide(sinks, q).contiguous()
+    if ranges is not None:
+        ranges = ranges.to(torch.int64).contiguous().expand(q.shape[0], q.shape[2], 2)
+    if block_mask is not None:
+        block_mask = block_mask.expand(*q.shape[:2], *block_mask.shape[-2:])
     if dropout_p == 0.0:
         seed = None
     args = offset, left, right, scale, softcap, dropout_p
     if needs_grad(q, k, v, bias, sinks):
         return _Attention.apply(
-            q, k, v, bias, sinks, mask, key_lengths, alibi_slopes, seed,
-            *args, heads_last, with_lse,
+            q, k, v, bias, sinks, mask, key_lengths, alibi_slopes, ranges, block_mask, seed,
+            block_size, *args, heads_last, with_lse,
         )  # fmt: skip
     if bias is not None:
         bias = bias.expand(*q.shape[:3], k.shape[2])
-    found = FWD(q, k, v, mask, bias, key_lengths, alibi_slopes, sinks, *args, seed, heads_last)
+    found = FWD(
+        q, k, v, mask, bias, key_lengths, alibi_slopes, sinks, ranges, block_mask, block_size,
+        *args, seed, heads_last,
+    )  # fmt: skip
     return found if with_lse else found[0]
 
 
@@ -314,16 +326,17 @@ def _fake_bwd(dout: Any, dlse: Any, q: Any, k: Any, v: Any, *args: Any) -> Any:
 
 FWD = _library.define(
     "attention_fwd(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? bias, Tensor? key_lengths,"
-    " Tensor? alibi_slopes, Tensor? sinks, SymInt offset, int left, int right, float scale,"
-    " float softcap, float dropout_p, Tensor? seed, bool heads_last) -> (Tensor out, Tensor lse)",
+    " Tensor? alibi_slopes, Tensor? sinks, Tensor? ranges, Tensor? block_mask, int block_size,"
+    " SymInt offset, int left, int right, float scale, float softcap, float dropout_p,"
+    " Tensor? seed, bool heads_last) -> (Tensor out, Tensor lse)",
     _fake_fwd,
 )
 BWD = _library.define(
     "attention_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out,"
     " Tensor lse, Tensor? mask, Tensor? bias, Tensor? key_lengths, Tensor? alibi_slopes,"
-    " Tensor? sinks, SymInt offset, int left, int right, float scale, float softcap,"
-    " float dropout_p, Tensor? seed, bool heads_last, bool need_dq, bool need_dkv,"
-    " bool need_dbias, bool need_dsinks)"
+    " Tensor? sinks, Tensor? ranges, Tensor? block_mask, int block_size, SymInt offset, int left,"
+    " int right, float scale, float softcap, float dropout_p, Tensor? seed, bool heads_last,"
+    " bool need_dq, bool need_dkv, bool need_dbias, bool need_dsinks)"
     " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsinks)",
     _fake_bwd,
 )
@@ -334,34 +347,41 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, q: Any, k: Any, v: Any, bias: Any, sinks: Any, mask: Any, key_lengths: Any,
-        alibi_slopes: Any, seed: Any, offset: int, left: int, right: int, scale: float,
-        softcap: float, dropout_p: float, heads_last: bool, with_lse: bool,
+        alibi_slopes: Any, ranges: Any, block_mask: Any, seed: Any, block_size: int, offset: int,
+        left: int, right: int, scale: float, softcap: float, dropout_p: float, heads_last: bool,
+        with_lse: bool,
     ) -> Any:  # fmt: skip
         wide = None if bias is None else bias.expand(*q.shape[:3], k.shape[2])
         args = offset, left, right, scale, softcap, dropout_p
         out, lse = FWD(
-            q, k, v, mask, wide, key_lengths, alibi_slopes, sinks, *args, seed, heads_last
-        )
-        ctx.save_for_backward(q, k, v, bias, sinks, out, lse, mask, key_lengths, alibi_slopes, seed)
-        ctx.args = args, heads_last
+            q, k, v, mask, wide, key_lengths, alibi_slopes, sinks, ranges, block_mask, block_size,
+            *args, seed, heads_last,
+        )  # fmt: skip
+        ctx.save_for_backward(
+            q, k, v, bias, sinks, out, lse, mask, key_lengths, alibi_slopes, ranges, block_mask,
+            seed,
+        )  # fmt: skip
+        ctx.args = args, block_size, heads_last
         ctx.set_materialize_grads(False)
         return (out, lse) if with_lse else out
 
     @staticmethod
     def backward(ctx: Any, dout: Any, dlse: Any = None) -> Any:
-        q, k, v, bias, sinks, out, lse, mask, key_lengths, alibi_slopes, seed = ctx.saved_tensors
-        args, heads_last = ctx.args
+        q, k, v, bias, sinks, out, lse, mask, key_lengths, alibi_slopes, *more = ctx.saved_tensors
+        ranges, block_mask, seed = more
+        args, block_size, heads_last = ctx.args
         wanted = ctx.needs_input_grad[:5]
         if torch.is_grad_enabled():
 
             def formula(q: Any, k: Any, v: Any, bias: Any, sinks: Any) -> Any:
                 return reference.attend(
-                    q, k, v, mask, bias, key_lengths, alibi_slopes, sinks, seed, *args
-                )
+                    q, k, v, mask, bias, key_lengths, alibi_slopes, sinks, seed, *args,
+                    ranges, block_mask, block_size,
+                )  # fmt: skip
 
             grads = dout, dlse
             found = _dispatch.differentiate(formula, (q, k, v, bias, sinks), wanted, grads)
-            return *found, *(None,) * 12
+            return *found, *(None,) * 15
         if dout is None:
             dout = torch.zeros_like(out)
         elif dout.stride(-1) != 1:
@@ -371,7 +391,7 @@ class _Attention(torch.autograd.Function):
             bias = bias.expand(*q.shape[:3], k.shape[2])
         dq, dk, dv, dbias, dsinks = BWD(
             dout, None if dlse is None else dlse.contiguous(), q, k, v, out, lse, mask, bias,
-            key_lengths, alibi_slopes, sinks, *args, seed, heads_last,
+            key_lengths, alibi_slopes, sinks, ranges, block_mask, block_size, *args, seed, heads_last,
             need_dq, need_dk or need_dv, need_dbias, need_dsinks,
         )  # fmt: skip
         return (
@@ -380,5 +400,5 @@ class _Attention(torch.autograd.Function):
             dv if need_dv else None,
             dbias if need_dbias else None,
             dsinks if need_dsinks else None,
-            *(None,) * 12,
+            *(None,) * 15,
         )

@@ -68,10 +68,14 @@ def default_scale(q: torch.Tensor) -> float:
 
 def attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any, bias: Any, key_lengths: Any,
-    alibi_slopes: Any, sinks: Any, seed: Any, offset: int, left: int, right: int, scale: float,
-    softcap: float, dropout_p: float,
+    alibi_slopes: Any, sinks: Any, seed: Any, offset: Any, left: int, right: int, scale: float,
+    softcap: float, dropout_p: float, ranges: Any = None, block_mask: Any = None,
+    block_size: int = 0, rows: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """out [B, H, T, Dv] and lse [B, H, T] of q, k, v with the heads before the rows."""
+    """out [B, H, T, Dv] and lse [B, H, T] of q, k, v with the heads before the rows.
+
+    The offset may be a tensor that broadcasts to [B, 1, T, S]; rows: those of dropout's generator.
+    """
     dtype, wide = q.dtype, torch.float64 if q.dtype == torch.float64 else torch.float32
     with torch.autocast(q.device.type, enabled=False):
         q = q.to(wide)
@@ -88,6 +92,11 @@ def attend(
         seen = (distance >= -left) & (distance <= right)
         if key_lengths is not None:
             seen = seen & (j < key_lengths[:, None, None, None])
+        if ranges is not None:
+            low, high = ranges[:, None, :, :1], ranges[:, None, :, 1:]
+            seen = seen & (j >= low) & (j < high)
+        if block_mask is not None:
+            seen = seen & spread_blocks(block_mask, block_size, *s.shape[2:])
         if mask is not None:
             seen = seen & mask
         if bias is not None:
@@ -100,8 +109,15 @@ def attend(
         logits = logits.masked_fill(empty, 0.0)
         lse = logits.logsumexp(-1, keepdim=True).masked_fill(empty, -math.inf).squeeze(-1)
         p = logits.softmax(-1).masked_fill(empty, 0.0)[..., : s.shape[-1]]
-        p = dropout(p, dropout_p, seed, max(s.shape[-1], 1))
+        p = dropout(p, dropout_p, seed, max(s.shape[-1], 1), rows)
         return _weigh(p, s != -math.inf, v).to(dtype), lse
+
+
+def spread_blocks(block_mask: torch.Tensor, size: int, queries: int, keys: int) -> torch.Tensor:
+    """A mask of blocks [..., ceil(T / size), ceil(S / size)] as one of tokens [..., T, S]."""
+    rows = torch.arange(queries, device=block_mask.device) // size
+    cols = torch.arange(keys, device=block_mask.device) // size
+    return block_mask[..., rows[:, None], cols]
 
 
 def _products(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:

@@ -332,7 +332,7 @@ class Problem:
             THRESHOLD=threshold(dropout_p) if drops else 0,
             KEEP_SCALE=1.0 / (1.0 - dropout_p) if drops and dropout_p < 1.0 else float(not drops),
             MODE=self.mode, ACC=tl.float64 if self.double else tl.float32, D=self.width,
-            DV=self.v_width, BLOCK_D=_padded(self.width), BLOCK_DV=_padded(self.v_width),
+            DV=self.v_width, BLOCK_D=padded(self.width), BLOCK_DV=padded(self.v_width),
             WIDE=largest >= WIDE_STRIDE,
         )  # fmt: skip
 
@@ -349,7 +349,7 @@ def or_placeholder(tensor: torch.Tensor | None, placeholder: torch.Tensor) -> to
     return placeholder if tensor is None else tensor
 
 
-def _padded(width: int) -> int:
+def padded(width: int) -> int:
     return max(16, triton.next_power_of_2(width))
 
 
@@ -366,34 +366,39 @@ def strides(*tensors: torch.Tensor) -> tuple[int, ...]:
     return tuple(stride for tensor in tensors for stride in tensor.stride()[:3])
 
 
-_FLOAT32 = ("lse_ptr", "delta_ptr", "slopes_ptr", "sinks_ptr")
-_OWN_TYPE = {"lengths_ptr": "*i64", "seed_ptr": "*i64", "mask_ptr": "*u8"}
+_OWN_TYPE = (
+    dict.fromkeys(("lengths_ptr", "seed_ptr", "table_ptr", "cu_q_ptr", "cu_k_ptr"), "*i64")
+    | dict.fromkeys(("lse_ptr", "delta_ptr", "slopes_ptr", "sinks_ptr"), "*fp32")
+    | dict.fromkeys(("parts_ptr", "part_lse_ptr", "cos_ptr", "sin_ptr"), "*fp32")
+    | {"mask_ptr": "*u8"}
+)
 # Arguments that index arithmetic never multiplies into a pointer.
 PLAIN = ["heads", "group", "offset", "left", "right"]
 
 
 def entry(
     fn: Any, label: str, dtype: str, width: int, tile: Tile, mode: int, drop: bool = False,
-    **special: Any,
+    plain: list[str] = PLAIN, **special: Any,
 ) -> Entry:  # fmt: skip
-    """One launch of `fn` with heads of this width."""
+    """One launch of `fn` with heads of this width; `plain`: its do_not_specialize."""
     known: dict[str, Any] = dict(
         FACTOR=0.0, CAP=0.0, THRESHOLD=threshold(0.1) if drop else 0,
         KEEP_SCALE=1.0 / 0.9 if drop else 1.0, MODE=mode, ACC=tl.float32, D=width, DV=width,
-        BLOCK_D=_padded(width), BLOCK_DV=_padded(width), WIDE=False, BLOCK_M=tile.block_m,
+        BLOCK_D=padded(width), BLOCK_DV=padded(width), WIDE=False, BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n, mask_s=1, bias_s=1, **special,
     )  # fmt: skip
     constexprs = {name: known[name] for name in fn.arg_names if name in known}
     signature = {}
     for name in fn.arg_names:
+        if name in constexprs:
+            continue
         if name in ("factor", "cap", "scale"):
             signature[name] = "fp32"
         elif name.endswith("_ptr"):
-            plain = "*fp32" if name in _FLOAT32 else f"*{dtype}"
-            signature[name] = _OWN_TYPE.get(name, plain)
-        elif name not in constexprs:
+            signature[name] = _OWN_TYPE.get(name, f"*{dtype}")
+        else:
             signature[name] = "i32"
-    divisible = tuple(n for n in signature if n not in PLAIN and signature[n] != "fp32")
+    divisible = tuple(n for n in signature if n not in plain and signature[n] != "fp32")
     name = f"{fn.__name__.removesuffix('_kernel')} {dtype} {width} {label}"
     return Entry(
         name, fn, signature, constexprs, divisible, tile.num_warps, tile.num_stages, TARGETS

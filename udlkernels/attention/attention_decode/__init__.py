@@ -1,0 +1,1 @@
+"""attention_decode, over a cache of keys and values."""

@@ -1,0 +1,1 @@
+"""attention_varlen, over sequences packed into one batch."""
