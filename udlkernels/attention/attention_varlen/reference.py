@@ -45,7 +45,7 @@ def attend_packed(
         one = [x.transpose(0, 1)[None] for x in (q[rows], k[keys], v[keys])]
         out, lse = attend(
             one[0], one[1], one[2], None, None, None, slopes, sinks, seed, offset, left, right,
-            scale, softcap, dropout_p, generator_rows[..., rows],
+            scale, softcap, dropout_p, rows=generator_rows[..., rows],
         )  # fmt: skip
         outs.append(out[0].transpose(0, 1))
         lses.append(lse[0])
