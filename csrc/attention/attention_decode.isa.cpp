@@ -2,14 +2,35 @@
 // along the vectors; then the chunks of a row are merged in their order.
 #include "attention/attention_decode.h"
 
+#include <utility>
+
 #include "attention/attention.isa.h"
 #include "pack_order.isa.h"
 
 namespace udl::UDL_ISA {
 namespace {
 
-// Rows that are worked on together: as many as keep the sums of a tile in registers.
-constexpr int kRows = 4;
+// The sums of kLanes vectors as one vector, by halves, quarters, ...: each is added up alike.
+constexpr int half_of(int lane, int width, int lanes, int upper) {
+  const int segment = lane / width;
+  return segment % 2 * lanes + segment / 2 * 2 * width + lane % width + upper * width;
+}
+template <int kWidth, class V, int... kLane>
+UDL_INLINE V fold_pair(V x, V y, std::integer_sequence<int, kLane...>) {
+  constexpr int L = sizeof...(kLane);
+  return __builtin_shufflevector(x, y, half_of(kLane, kWidth, L, 0)...) +
+         __builtin_shufflevector(x, y, half_of(kLane, kWidth, L, 1)...);
+}
+template <class A, int kWidth = kLanes<A> / 2>
+UDL_INLINE vec_t<A> sum_each(vec_t<A>* v) {
+  using Lanes = std::make_integer_sequence<int, kLanes<A>>;
+  for (int i = 0; i < kWidth; ++i) v[i] = fold_pair<kWidth>(v[i], v[i + kWidth], Lanes{});
+  if constexpr (kWidth > 1) {
+    return sum_each<A, kWidth / 2>(v);
+  } else {
+    return v[0];
+  }
+}
 
 // Rotates the pairs of a row by the angles of a position.
 template <class A>
@@ -47,9 +68,29 @@ struct Chunk {
   int64_t row, value_row;
   Array<A> natural, queries, scores, out, peak, sum;
   Array<int64_t> low, high;  // the keys a row sees
-  const T* key_rows[kKeyBlock];
-  const T* value_rows[kKeyBlock];
+  // Rows of a block's keys and values, and of the keys of the next.
+  const T *key_rows[kKeyBlock], *value_rows[kKeyBlock], *next_rows[kKeyBlock];
 };
+
+// rows[k] = row first + k of the cache for k < n, behind it the last one.
+template <class T>
+void find_rows(const Cache& cache, int64_t b, int64_t head, int64_t first, int64_t n,
+               const T** rows) {
+  const int64_t page = cache.table == nullptr ? first + n : cache.page_size;
+  for (int64_t k = 0; k < n;) {
+    const int64_t j = first + k, end = least(n, k + page - j % page);
+    const T* row = cache.row<T>(b, head, j);
+    for (; k < end; ++k, row += cache.heads.row) rows[k] = row;
+  }
+  for (int64_t k = n; k < kKeyBlock; ++k) rows[k] = rows[n - 1];
+}
+
+template <class T>
+UDL_INLINE void prefetch_row(const T* row, int64_t width) {
+  const char* at = reinterpret_cast<const char*>(row);
+  const int64_t bytes = width * static_cast<int64_t>(sizeof(T));
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + i, 0, 2);
+}
 
 // A natural row of the accumulation type in T's pack order.
 template <class T>
@@ -84,53 +125,49 @@ void load_queries(const Decode& args, int64_t b, int64_t head, Chunk<T>& work) {
   work.out.clear();
 }
 
-// sums[r][k] of lanes: products of kR queries and kK keys, before the lanes are added up.
-template <int kR, int kK, class T>
-UDL_INLINE void multiply_tile(const acc_t<T>* queries, int64_t row, const T* const* keys,
-                              int64_t width, acc_t<T>* tiles) {
+// scores[r * kKeyBlock + k] for kR queries and kK keys, whose products fill one vector.
+template <int kR, class T>
+UDL_INLINE void score_tile(const acc_t<T>* queries, int64_t row, const T* const* keys,
+                           int64_t width, acc_t<T> factor, acc_t<T>* scores) {
   using A = acc_t<T>;
-  constexpr int L = kLanes<A>;
-  vec_t<A> sums[kR][kK] = {};
+  constexpr int L = kLanes<A>, kK = L / kR;
+  vec_t<A> sums[L] = {};
   const auto step = [&](int64_t d, auto part) UDL_LAMBDA {
-    Pack<A> key[kK];
-    for (int k = 0; k < kK; ++k) key[k] = load_pack(keys[k] + d, part);
+    vec_t<A> a[kR], b[kR];
     for (int r = 0; r < kR; ++r) {
-      const vec_t<A> a = load(queries + r * row + d, Full{});
-      const vec_t<A> b = load(queries + r * row + d + L, Full{});
-      for (int k = 0; k < kK; ++k) {
-        sums[r][k] += a * key[k].a;
-        sums[r][k] += b * key[k].b;
+      a[r] = load(queries + r * row + d, Full{});
+      b[r] = load(queries + r * row + d + L, Full{});
+    }
+    for (int k = 0; k < kK; ++k) {
+      const Pack<A> key = load_pack(keys[k] + d, part);
+      for (int r = 0; r < kR; ++r) {
+        sums[r * kK + k] += a[r] * key.a;
+        sums[r * kK + k] += b[r] * key.b;
       }
     }
   };
   int64_t d = 0;
   for (; d + kPack<T> <= width; d += kPack<T>) step(d, Full{});
   if (d < width) step(d, Tail{static_cast<int>(width - d)});
-  for (int r = 0; r < kR; ++r) {
-    for (int k = 0; k < kK; ++k) store(tiles + (r * L + k) * L, sums[r][k], Full{});
-  }
+  UDL_LINES A found[L];
+  store(static_cast<A*>(found), sum_each<A>(static_cast<vec_t<A>*>(sums)) * factor, Full{});
+  for (int r = 0; r < kR; ++r) std::memcpy(scores + r * kKeyBlock, found + r * kK, kK * sizeof(A));
 }
 
 // scores[r][k] for kR rows and a block of keys; behind the last key they are those of some key.
 template <int kR, class T>
 void score_rows(const Decode& args, Chunk<T>& work, int64_t r0, int64_t n) {
   using A = acc_t<T>;
-  constexpr int L = kLanes<A>, kK = 4 < L ? 4 : L;
+  constexpr int kK = kLanes<A> / kR;
   const A factor = static_cast<A>(args.softcap > 0 ? args.scale : args.scale * kLog2E);
-  UDL_LINES A tiles[kR * L * L], turned[L * L];
-  const A* queries = work.queries.data() + r0 * work.row;
-  for (int64_t first = 0; first < n; first += L) {
-    for (int k = 0; k < L; k += kK) {
-      if (first + k >= n) break;
-      multiply_tile<kR, kK>(queries, work.row, work.key_rows + first + k, args.width,
-                            static_cast<A*>(tiles) + k * L);
+  for (int64_t first = 0; first < n; first += kK) {
+    for (int64_t i = first; r0 == 0 && i < first + kK; ++i) {
+      prefetch_row(work.value_rows[i], args.value_width);
+      prefetch_row(work.next_rows[i], args.width);
     }
-    for (int r = 0; r < kR; ++r) {
-      turn_tile(static_cast<const A*>(tiles) + r * L * L, L, static_cast<A*>(turned), L);
-      vec_t<A> sum = load(static_cast<const A*>(turned), Full{});
-      for (int i = 1; i < L; ++i) sum += load(static_cast<const A*>(turned) + i * L, Full{});
-      store(work.scores.data() + (r0 + r) * kKeyBlock + first, sum * factor, Full{});
-    }
+    score_tile<kR>(static_cast<const A*>(work.queries.data()) + r0 * work.row, work.row,
+                   work.key_rows + first, args.width, factor,
+                   work.scores.data() + r0 * kKeyBlock + first);
   }
 }
 
@@ -285,15 +322,15 @@ void attend_rows(const Decode& args, Chunk<T>& work, int64_t b, int64_t head, in
 
 template <class T>
 void attend_block(const Decode& args, Chunk<T>& work, int64_t b, int64_t head, int64_t first,
-                  int64_t n) {
-  for (int64_t k = 0; k < kKeyBlock; ++k) {
-    const int64_t j = first + least(k, n - 1);
-    work.key_rows[k] = args.k.row<T>(b, head, j);
-    work.value_rows[k] = args.v.row<T>(b, head, j);
-  }
+                  int64_t n, int64_t end) {
+  const int64_t next = first + n < end ? first + n : first;
+  find_rows(args.k, b, head, first, n, static_cast<const T**>(work.key_rows));
+  find_rows(args.v, b, head, first, n, static_cast<const T**>(work.value_rows));
+  find_rows(args.k, b, head, next, least(kKeyBlock, end - next),
+            static_cast<const T**>(work.next_rows));
   int64_t r = 0;
-  for (; r + kRows <= args.rows(); r += kRows) {
-    attend_rows<kRows>(args, work, b, head, r, first, n);
+  for (; kLanes<acc_t<T>> >= 4 && r + 4 <= args.rows(); r += 4) {
+    attend_rows<kLanes<acc_t<T>> >= 4 ? 4 : 2>(args, work, b, head, r, first, n);
   }
   for (; r + 2 <= args.rows(); r += 2) attend_rows<2>(args, work, b, head, r, first, n);
   for (; r < args.rows(); ++r) attend_rows<1>(args, work, b, head, r, first, n);
@@ -323,7 +360,7 @@ void decode_unit(const Decode& args, int64_t b, int64_t unit, Chunk<T>& work) {
   const int64_t chunk_end = least((chunk + 1) * kDecodeChunk, end);
   begin = most(begin / kKeyBlock * kKeyBlock, chunk * kDecodeChunk);
   for (int64_t first = begin; first < chunk_end; first += kKeyBlock) {
-    attend_block(args, work, b, head, first, least(kKeyBlock, chunk_end - first));
+    attend_block(args, work, b, head, first, least(kKeyBlock, chunk_end - first), end);
   }
   const int64_t at = unit * args.rows();
   for (int64_t r = 0; r < args.rows(); ++r) {
