@@ -16,6 +16,7 @@ import triton.language as tl
 
 from udlkernels._aot import Entry
 from udlkernels._philox import threshold
+from udlkernels.attention.attention.sparse_kernels import BLOCKS, RANGES, TILES, in_range, narrowed
 from udlkernels.normalization._row_kernels import dropout_keeps
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -29,10 +30,13 @@ LEFT = tl.constexpr(16)
 RIGHT = tl.constexpr(32)
 LENGTHS = tl.constexpr(64)
 SINKS = tl.constexpr(128)
-# Either can mask any single key, so a row of a loaded tile may be one that nobody sees.
-SELECTS = tl.constexpr(MASK.value | BIAS.value)
+# Any of them can mask any single key, so a row of a loaded tile may be one that nobody sees.
+SELECTS = tl.constexpr(MASK.value | BIAS.value | BLOCKS.value)
 # Bits that want registers: the launch takes smaller tiles.
-HEAVY = SELECTS.value | SOFTCAP.value
+HEAVY = SELECTS.value | SOFTCAP.value | RANGES.value
+# Wider heads look at a block mask number by number: a branch for a tile costs their backward two
+# registers more than there are.
+TILES_LIMIT = 256
 # Rows this far apart need 64-bit offsets inside a tile of 128 rows too.
 WIDE_STRIDE = 2**23
 
@@ -182,7 +186,7 @@ def _blocks(low, high, full_low, full_high, BLOCK: tl.constexpr):
 @triton.jit
 def key_blocks(first, window, ROWS: tl.constexpr, BLOCK: tl.constexpr, MODE: tl.constexpr):
     """Which keys the queries first ... first + ROWS see: `_blocks`."""
-    queries, _, length, offset, left, right = window
+    queries, keys, length, offset, left, right, lows, highs = window
     last = tl.minimum(first + ROWS, queries) - 1
     low, full_low = first * 0, first * 0
     high = length + first * 0
@@ -193,13 +197,17 @@ def key_blocks(first, window, ROWS: tl.constexpr, BLOCK: tl.constexpr, MODE: tl.
     if RIGHT & MODE:
         high = tl.minimum(length, last + offset + right + 1)
         full_high = tl.minimum(length, first + offset + right + 1)
+    if RANGES & MODE:
+        low, high, full_low, full_high = narrowed(low, high, full_low, full_high, lows, highs, keys)
+    if BLOCKS & MODE:  # any block may need the mask
+        full_low, full_high = low, low
     return _blocks(low, high, full_low, full_high, BLOCK)
 
 
 @triton.jit
 def query_blocks(first, window, COLS: tl.constexpr, BLOCK: tl.constexpr, MODE: tl.constexpr):
     """[low, high) see any of the keys first ... first + COLS; block starts begin to end."""
-    queries, _, length, offset, left, right = window
+    queries, _, length, offset, left, right, _, _ = window
     last = tl.minimum(first + COLS, length) - 1
     low = first * 0
     high = queries + low
@@ -224,15 +232,16 @@ def masked_start(n, begin, full_begin, full_end, BLOCK: tl.constexpr, BEFORE: tl
 
 @triton.jit
 def logits(
-    qk, i, j, window, extras, slope, factor, cap, MODE: tl.constexpr, SCALED: tl.constexpr,
+    qk, i, j, seen, window, extras, slope, factor, cap, MODE: tl.constexpr, SCALED: tl.constexpr,
     BOUND: tl.constexpr,
 ):  # fmt: skip
     """Logits in base 2 of a tile of q k, -inf where masked; and tanh, with SOFTCAP.
 
-    i, j: the tile's queries and keys, along either axis. BOUND: window and key length cut the tile.
+    i, j: the tile's queries and keys, along either axis; seen: what `blocks_seen` left of it.
+    BOUND: window, key length and ranges cut the tile.
     """
-    queries, keys, length, offset, left, right = window
-    mask_ptr, mask_t, mask_s, bias_ptr, bias_t, bias_s = extras
+    queries, keys, length, offset, left, right, lows, highs = window
+    mask_ptr, mask_t, mask_s, bias_ptr, bias_t, bias_s, _, _, _, _ = extras
     s = qk
     if SCALED:
         s = qk * factor
@@ -251,12 +260,16 @@ def logits(
     if MASK & MODE:
         at = mask_ptr + i.to(tl.int64) * mask_t + j.to(tl.int64) * mask_s
         s = tl.where(tl.load(at, mask=inside, other=0) != 0, s, float("-inf"))
+    if BLOCKS & MODE:
+        s = tl.where(seen != 0, s, float("-inf"))
     if BOUND:
         visible = (j < length) & (i < queries)
         if LEFT & MODE:
             visible &= distance >= -left
         if RIGHT & MODE:
             visible &= distance <= right
+        if RANGES & MODE:
+            visible &= in_range(i, j, lows, highs)
         s = tl.where(visible, s, float("-inf"))
     return s, t
 
@@ -288,8 +301,10 @@ class Problem:
     def __init__(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None,
         bias: torch.Tensor | None, key_lengths: torch.Tensor | None,
-        alibi_slopes: torch.Tensor | None, sinks: torch.Tensor | None, offset: int, left: int,
-        right: int, scale: float, softcap: float, dropout_p: float, seed: torch.Tensor | None,
+        alibi_slopes: torch.Tensor | None, sinks: torch.Tensor | None,
+        ranges: torch.Tensor | None, block_mask: torch.Tensor | None, block_size: int, offset: int,
+        left: int, right: int, scale: float, softcap: float, dropout_p: float,
+        seed: torch.Tensor | None,
     ) -> None:  # fmt: skip
         self.batch, self.heads, self.queries, self.width = q.shape
         self.kv_heads, self.keys, self.v_width = k.shape[1], k.shape[2], v.shape[3]
@@ -299,29 +314,34 @@ class Problem:
         given = (
             (MASK, mask is not None), (BIAS, bias is not None), (ALIBI, alibi_slopes is not None),
             (SOFTCAP, softcap > 0.0), (LENGTHS, key_lengths is not None),
-            (SINKS, sinks is not None),
+            (SINKS, sinks is not None), (RANGES, ranges is not None),
             # Distances j - i - offset reach from 1 - queries - offset to keys - 1 - offset.
             (LEFT, left < self.queries - 1 + offset), (RIGHT, right < self.keys - 1 - offset),
         )  # fmt: skip
         self.mode = sum(bit.value for bit, has in given if has)
         drops = dropout_p > 0.0 and seed is not None
-        heavy = drops or (self.mode & HEAVY) != 0
-        self.launch = pick(q.dtype, max(self.width, self.v_width), heavy)
+        self.block_size = 0 if block_mask is None else block_size
+        width = max(self.width, self.v_width)
+        heavy = drops or (self.mode & HEAVY) != 0 or self._cut(pick(q.dtype, width, False))
+        self.launch = pick(q.dtype, width, heavy)
         factor, cap = (scale / softcap, softcap) if softcap > 0.0 else (scale, 0.0)
         factor, cap = factor * (1.0 if softcap > 0.0 else LOG2E.value), cap * LOG2E.value
         # A scaled row maximum is the maximum of the scaled row, and one multiplication less, where
         # the factor is positive and nothing is added to the product.
-        adds = MASK.value | LENGTHS.value | LEFT.value | RIGHT.value | SINKS.value
+        adds = MASK.value | LENGTHS.value | LEFT.value | RIGHT.value | SINKS.value | RANGES.value
         self.scale_constexpr = scale if self.double else 0.0
         self.fold = factor > 0.0 and not self.mode & ~adds
         mask_bytes = q if mask is None else mask.view(torch.uint8)
         bias_values = q if bias is None else bias
         mask_strides = (0, 0, 0, 0) if mask is None else mask.stride()
         bias_strides = (0, 0, 0, 0) if bias is None else bias.stride()
+        blocks = q if block_mask is None else block_mask.view(torch.uint8)
+        blocks_strides = (0, 0, 0, 0) if block_mask is None else block_mask.stride()
         reach = self.queries + self.keys + abs(offset)
         self.common = (
             mask_bytes, bias_values, *(or_placeholder(t, q) for t in (key_lengths, alibi_slopes)),
-            or_placeholder(seed, q),
+            or_placeholder(seed, q), or_placeholder(ranges, q), blocks,
+            0 if ranges is None else ranges.stride(0), *blocks_strides, self.block_size,
             *mask_strides, *bias_strides, self.heads, self.heads // self.kv_heads,
             self.queries, self.keys, offset,
             min(max(left, -reach), reach), min(max(right, -reach), reach), factor, cap,
@@ -331,16 +351,28 @@ class Problem:
             FACTOR=factor if self.double else 0.0, CAP=cap if self.double else 0.0,
             THRESHOLD=threshold(dropout_p) if drops else 0,
             KEEP_SCALE=1.0 / (1.0 - dropout_p) if drops and dropout_p < 1.0 else float(not drops),
-            MODE=self.mode, ACC=tl.float64 if self.double else tl.float32, D=self.width,
+            ACC=tl.float64 if self.double else tl.float32, D=self.width,
             DV=self.v_width, BLOCK_D=_padded(self.width), BLOCK_DV=_padded(self.v_width),
             WIDE=largest >= WIDE_STRIDE,
         )  # fmt: skip
 
+    def _blocks(self, tile: Tile) -> int:
+        """The bit that says how the block mask's blocks meet this tile."""
+        if not self.block_size:
+            return 0
+        whole = not (self.block_size % tile.block_m or self.block_size % tile.block_n)
+        narrow = max(self.width, self.v_width) <= TILES_LIMIT
+        return TILES.value if whole and narrow else BLOCKS.value
+
+    def _cut(self, launch: Launch) -> bool:
+        tiles = launch.forward, launch.dkdv, launch.dq
+        return any(self._blocks(tile) & BLOCKS.value for tile in tiles)
+
     def at(self, tile: Tile) -> dict[str, Any]:
         """Keyword arguments of a launch with this tile."""
         return dict(
-            self.constexprs, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
+            self.constexprs, MODE=self.mode | self._blocks(tile), BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
+            num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
 
 
@@ -367,9 +399,15 @@ def strides(*tensors: torch.Tensor) -> tuple[int, ...]:
 
 
 _FLOAT32 = ("lse_ptr", "delta_ptr", "slopes_ptr", "sinks_ptr")
-_OWN_TYPE = {"lengths_ptr": "*i64", "seed_ptr": "*i64", "mask_ptr": "*u8"}
-# Arguments that index arithmetic never multiplies into a pointer.
-PLAIN = ["heads", "group", "offset", "left", "right"]
+_OWN_TYPE = {
+    "lengths_ptr": "*i64", "seed_ptr": "*i64", "mask_ptr": "*u8", "ranges_ptr": "*i64",
+    "blocks_ptr": "*u8",
+}  # fmt: skip
+# Arguments that index arithmetic never multiplies into a pointer, or of a load that stays narrow.
+PLAIN = [
+    "heads", "group", "offset", "left", "right", "ranges_b", "blocks_b", "blocks_h", "blocks_t",
+    "blocks_s", "block_size",
+]  # fmt: skip
 
 
 def entry(
