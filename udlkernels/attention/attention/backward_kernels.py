@@ -22,6 +22,7 @@ from udlkernels.attention.attention.tile_kernels import (
     BIAS,
     HALF,
     HALF_HEAVY,
+    HALF_TILES,
     LEFT,
     LOG2E,
     MASK,
@@ -29,6 +30,7 @@ from udlkernels.attention.attention.tile_kernels import (
     RIGHT,
     SELECTS,
     SINGLE,
+    SINGLE_SPARSE,
     SOFTCAP,
     clean,
     dot,
@@ -119,7 +121,7 @@ def _dkdv_block(
         lse, delta = row_values(lse_ptr, delta_ptr, row, i, window[0])
         qk = dot(k, tl.trans(q), tl.zeros([BLOCK_N, BLOCK_M], dk.dtype))
         s, t = logits(
-            qk, i[None, :], j[:, None], seen, window, extras, slope, factor, cap, MODE, True, True
+            qk, i[None, :], j[:, None], window, extras, slope, factor, cap, MODE, True, True, seen
         )
         dout = load_tile(dout_ptr, dout_t, start, low, high, BLOCK_M, BLOCK_DV, DV, True, WIDE)
         dp = dot(v, tl.trans(dout), tl.zeros([BLOCK_N, BLOCK_M], dk.dtype))
@@ -214,7 +216,7 @@ def score_gradient(
     qk = dot(q, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], lse.dtype))
     j = start + tl.arange(0, BLOCK_N)
     s, t = logits(
-        qk, i[:, None], j[None, :], seen, window, extras, slope, factor, cap, MODE, True, BOUND
+        qk, i[:, None], j[None, :], window, extras, slope, factor, cap, MODE, True, BOUND, seen
     )
     v = load_tile(v_ptr, v_s, start, low, high, BLOCK_N, BLOCK_DV, DV, BOUND, WIDE)
     dp = dot(dout, tl.trans(v), tl.zeros([BLOCK_M, BLOCK_N], lse.dtype))
@@ -361,11 +363,11 @@ _LAUNCHES = (
     ("bf16", HALF_HEAVY, "causal bias mask", _FULL, False),
     ("bf16", HALF_HEAVY[1:2], "causal softcap dropout", _CAPPED, True),
     ("bf16", HALF_HEAVY, "ranges", RANGES.value, False),
-    ("bf16", HALF[:3], "causal blocks of tiles", _TILES, False),
-    ("bf16", HALF_HEAVY[:3], "causal blocks of small tiles", _TILES, False),
+    ("bf16", HALF_TILES, "causal blocks of tiles", _TILES, False),
     ("bf16", HALF_HEAVY, "causal blocks", _BLOCKS, False),
     ("fp32", SINGLE[:2], "causal", RIGHT.value, False),
-    ("fp32", SINGLE[:2], "causal blocks ranges", _BLOCKS | RANGES.value, False),
+    ("fp32", SINGLE_SPARSE[:1], "ranges", RANGES.value, False),
+    ("fp32", SINGLE_SPARSE[:1], "causal blocks", _BLOCKS, False),
 )
 AOT = (
     *(

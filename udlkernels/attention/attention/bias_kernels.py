@@ -61,7 +61,7 @@ def attention_dbias_kernel(
     total = tl.zeros([BLOCK_M, BLOCK_N], ACC)
     whole = queries, keys, keys, offset, left, right, 0, 0
     low, high, begin, _full_begin, _full_end, end = key_blocks(
-        first, whole, BLOCK_M, BLOCK_N, MODE & (LEFT | RIGHT)
+        first, whole, BLOCK_M, BLOCK_N, (LEFT | RIGHT) & MODE
     )
     count = tl.where((start >= begin) & (start < end), samples_shared * heads_shared, 0)
     for n in range(count):

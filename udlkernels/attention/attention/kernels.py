@@ -32,6 +32,7 @@ from udlkernels.attention.attention.tile_kernels import (
     BIAS,
     HALF,
     HALF_HEAVY,
+    HALF_TILES,
     LEFT,
     LN2,
     LOG2E,
@@ -40,6 +41,7 @@ from udlkernels.attention.attention.tile_kernels import (
     RIGHT,
     SELECTS,
     SINGLE,
+    SINGLE_SPARSE,
     SINKS,
     SOFTCAP,
     WIDE_STRIDE,
@@ -75,8 +77,8 @@ def _attend(
         k = load_tile(k_ptr, k_s, start, low, high, BLOCK_N, BLOCK_D, D, BOUND, WIDE)
         qk = dot(q, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], acc.dtype))
         s, _ = logits(
-            qk, i[:, None], j[None, :], seen, window, extras, slope, factor, cap, MODE, not FOLD,
-            BOUND,
+            qk, i[:, None], j[None, :], window, extras, slope, factor, cap, MODE, not FOLD, BOUND,
+            seen,
         )  # fmt: skip
         # A row that has seen nothing yet has the maximum -inf; its weights are taken against 0.
         if FOLD:
@@ -287,8 +289,7 @@ AOT = (
             (HALF_HEAVY, "causal bias mask", _FULL, False, False),
             (HALF_HEAVY[1:2], "causal softcap dropout", _CAPPED, True, False),
             (HALF_HEAVY, "ranges", RANGES.value, False, True),
-            (HALF[:3], "causal blocks of tiles", _TILES, False, True),
-            (HALF_HEAVY[:3], "causal blocks of small tiles", _TILES, False, True),
+            (HALF_TILES, "causal blocks of tiles", _TILES, False, True),
             (HALF_HEAVY, "causal blocks", _BLOCKS, False, True),
         )
         for row in rows
@@ -297,7 +298,8 @@ AOT = (
         entry(attention_fwd_kernel, label, "fp32", row.limit, row.forward, mode, FOLD=True)
         for rows, label, mode in (
             (SINGLE, "causal", RIGHT.value),
-            (SINGLE[:2], "causal blocks ranges", _BLOCKS | RANGES.value),
+            (SINGLE_SPARSE[:1], "ranges", RANGES.value),
+            (SINGLE_SPARSE[:1], "causal blocks", _BLOCKS),
         )
         for row in rows
     ),

@@ -45,14 +45,15 @@ def blocks_seen(first, start, i, j, window, extras, MODE: tl.constexpr):
 
     The tile starts at query `first` and key `start`; i, j are its queries and keys, on two axes.
     """
-    blocks_ptr, blocks_t, blocks_s, size = extras[6], extras[7], extras[8], extras[9]
-    row, col = first // size, start // size
-    blocks_ptr += row.to(tl.int64) * blocks_t + col.to(tl.int64) * blocks_s
-    if TILES & MODE:
-        return tl.load(blocks_ptr) != 0, 0
-    elif BLOCKS & MODE:
-        at = blocks_ptr + ((i // size - row) * blocks_t + (j // size - col) * blocks_s)
-        seen = tl.load(at, mask=(i < window[0]) & (j < window[1]), other=0)
-        return tl.max(tl.max(seen.to(tl.int32), 1), 0) != 0, seen
+    if (TILES | BLOCKS) & MODE:
+        blocks_ptr, blocks_t, blocks_s, size = extras[6], extras[7], extras[8], extras[9]
+        row, col = first // size, start // size
+        blocks_ptr += row.to(tl.int64) * blocks_t + col.to(tl.int64) * blocks_s
+        if TILES & MODE:
+            return tl.load(blocks_ptr) != 0, 0
+        else:
+            at = blocks_ptr + ((i // size - row) * blocks_t + (j // size - col) * blocks_s)
+            seen = tl.load(at, mask=(i < window[0]) & (j < window[1]), other=0)
+            return tl.max(tl.max(seen.to(tl.int32), 1), 0) != 0, seen
     else:
         return True, 0

@@ -34,9 +34,6 @@ SINKS = tl.constexpr(128)
 SELECTS = tl.constexpr(MASK.value | BIAS.value | BLOCKS.value)
 # Bits that want registers: the launch takes smaller tiles.
 HEAVY = SELECTS.value | SOFTCAP.value | RANGES.value
-# Wider heads look at a block mask number by number: a branch for a tile costs their backward two
-# registers more than there are.
-TILES_LIMIT = 256
 # Rows this far apart need 64-bit offsets inside a tile of 128 rows too.
 WIDE_STRIDE = 2**23
 
@@ -91,13 +88,31 @@ SINGLE = (
     Launch(256, Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
     Launch(512, Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
 )
+# With ranges, or blocks that cut tiles.
+SINGLE_SPARSE = (
+    Launch(64, Tile(32, 16, 4, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+    Launch(512, Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+)
+# Blocks of a block mask whose size is a multiple of 64 are made of these tiles, and a tile that is
+# not seen costs a branch. Beyond 256 that branch is what makes the backward spill.
+HALF_TILES = (
+    Launch(64, Tile(64, 64, 4, 2), Tile(32, 64, 4, 2), Tile(64, 64, 4, 2)),
+    Launch(128, Tile(64, 64, 4, 2), Tile(32, 64, 4, 1), Tile(64, 64, 8, 2)),
+    HALF[2],
+)
 DOUBLE = (Launch(512, Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),)
 
 
-def pick(dtype: torch.dtype, width: int, heavy: bool) -> Launch:
-    half = HALF_HEAVY if heavy else HALF
-    table = {8: DOUBLE, 4: SINGLE}.get(dtype.itemsize, half)
+def pick(dtype: torch.dtype, width: int, mode: int, drops: bool) -> Launch:
+    heavy, sparse = drops or (mode & HEAVY) != 0, mode & (RANGES.value | BLOCKS.value)
+    half = HALF_TILES if mode & TILES.value else HALF_HEAVY if heavy else HALF
+    table = {8: DOUBLE, 4: SINGLE_SPARSE if sparse else SINGLE}.get(dtype.itemsize, half)
     return next(launch for launch in table if width <= launch.limit)
+
+
+def tiles_fit(dtype: torch.dtype, width: int, block_size: int) -> bool:
+    """Whether blocks of this size are made of the tiles of `HALF_TILES`."""
+    return dtype.itemsize == 2 and width <= HALF_TILES[-1].limit and block_size % 64 == 0
 
 
 @triton.jit
@@ -186,7 +201,7 @@ def _blocks(low, high, full_low, full_high, BLOCK: tl.constexpr):
 @triton.jit
 def key_blocks(first, window, ROWS: tl.constexpr, BLOCK: tl.constexpr, MODE: tl.constexpr):
     """Which keys the queries first ... first + ROWS see: `_blocks`."""
-    queries, keys, length, offset, left, right, lows, highs = window
+    queries, keys, length, offset, left, right = window[:6]
     last = tl.minimum(first + ROWS, queries) - 1
     low, full_low = first * 0, first * 0
     high = length + first * 0
@@ -198,7 +213,9 @@ def key_blocks(first, window, ROWS: tl.constexpr, BLOCK: tl.constexpr, MODE: tl.
         high = tl.minimum(length, last + offset + right + 1)
         full_high = tl.minimum(length, first + offset + right + 1)
     if RANGES & MODE:
-        low, high, full_low, full_high = narrowed(low, high, full_low, full_high, lows, highs, keys)
+        low, high, full_low, full_high = narrowed(
+            low, high, full_low, full_high, window[6], window[7], keys
+        )
     if BLOCKS & MODE:  # any block may need the mask
         full_low, full_high = low, low
     return _blocks(low, high, full_low, full_high, BLOCK)
@@ -207,7 +224,7 @@ def key_blocks(first, window, ROWS: tl.constexpr, BLOCK: tl.constexpr, MODE: tl.
 @triton.jit
 def query_blocks(first, window, COLS: tl.constexpr, BLOCK: tl.constexpr, MODE: tl.constexpr):
     """[low, high) see any of the keys first ... first + COLS; block starts begin to end."""
-    queries, _, length, offset, left, right, _, _ = window
+    queries, _, length, offset, left, right = window[:6]
     last = tl.minimum(first + COLS, length) - 1
     low = first * 0
     high = queries + low
@@ -232,16 +249,16 @@ def masked_start(n, begin, full_begin, full_end, BLOCK: tl.constexpr, BEFORE: tl
 
 @triton.jit
 def logits(
-    qk, i, j, seen, window, extras, slope, factor, cap, MODE: tl.constexpr, SCALED: tl.constexpr,
-    BOUND: tl.constexpr,
+    qk, i, j, window, extras, slope, factor, cap, MODE: tl.constexpr, SCALED: tl.constexpr,
+    BOUND: tl.constexpr, seen=0,
 ):  # fmt: skip
     """Logits in base 2 of a tile of q k, -inf where masked; and tanh, with SOFTCAP.
 
     i, j: the tile's queries and keys, along either axis; seen: what `blocks_seen` left of it.
     BOUND: window, key length and ranges cut the tile.
     """
-    queries, keys, length, offset, left, right, lows, highs = window
-    mask_ptr, mask_t, mask_s, bias_ptr, bias_t, bias_s, _, _, _, _ = extras
+    queries, keys, length, offset, left, right = window[:6]
+    mask_ptr, mask_t, mask_s, bias_ptr, bias_t, bias_s = extras[:6]
     s = qk
     if SCALED:
         s = qk * factor
@@ -269,7 +286,7 @@ def logits(
         if RIGHT & MODE:
             visible &= distance <= right
         if RANGES & MODE:
-            visible &= in_range(i, j, lows, highs)
+            visible &= in_range(i, j, window[6], window[7])
         s = tl.where(visible, s, float("-inf"))
     return s, t
 
@@ -320,17 +337,19 @@ class Problem:
         )  # fmt: skip
         self.mode = sum(bit.value for bit, has in given if has)
         drops = dropout_p > 0.0 and seed is not None
-        self.block_size = 0 if block_mask is None else block_size
         width = max(self.width, self.v_width)
-        heavy = drops or (self.mode & HEAVY) != 0 or self._cut(pick(q.dtype, width, False))
-        self.launch = pick(q.dtype, width, heavy)
+        if block_mask is not None:
+            whole = not (drops or self.mode & HEAVY) and tiles_fit(q.dtype, width, block_size)
+            self.mode |= TILES.value if whole else BLOCKS.value
+        self.launch = pick(q.dtype, width, self.mode, drops)
         factor, cap = (scale / softcap, softcap) if softcap > 0.0 else (scale, 0.0)
         factor, cap = factor * (1.0 if softcap > 0.0 else LOG2E.value), cap * LOG2E.value
         # A scaled row maximum is the maximum of the scaled row, and one multiplication less, where
         # the factor is positive and nothing is added to the product.
-        adds = MASK.value | LENGTHS.value | LEFT.value | RIGHT.value | SINKS.value | RANGES.value
+        masks = MASK.value | RANGES.value | BLOCKS.value | TILES.value
+        masks |= LENGTHS.value | LEFT.value | RIGHT.value | SINKS.value
         self.scale_constexpr = scale if self.double else 0.0
-        self.fold = factor > 0.0 and not self.mode & ~adds
+        self.fold = factor > 0.0 and not self.mode & ~masks
         mask_bytes = q if mask is None else mask.view(torch.uint8)
         bias_values = q if bias is None else bias
         mask_strides = (0, 0, 0, 0) if mask is None else mask.stride()
@@ -341,7 +360,7 @@ class Problem:
         self.common = (
             mask_bytes, bias_values, *(or_placeholder(t, q) for t in (key_lengths, alibi_slopes)),
             or_placeholder(seed, q), or_placeholder(ranges, q), blocks,
-            0 if ranges is None else ranges.stride(0), *blocks_strides, self.block_size,
+            0 if ranges is None else ranges.stride(0), *blocks_strides, block_size,
             *mask_strides, *bias_strides, self.heads, self.heads // self.kv_heads,
             self.queries, self.keys, offset,
             min(max(left, -reach), reach), min(max(right, -reach), reach), factor, cap,
@@ -351,28 +370,16 @@ class Problem:
             FACTOR=factor if self.double else 0.0, CAP=cap if self.double else 0.0,
             THRESHOLD=threshold(dropout_p) if drops else 0,
             KEEP_SCALE=1.0 / (1.0 - dropout_p) if drops and dropout_p < 1.0 else float(not drops),
-            ACC=tl.float64 if self.double else tl.float32, D=self.width,
+            MODE=self.mode, ACC=tl.float64 if self.double else tl.float32, D=self.width,
             DV=self.v_width, BLOCK_D=_padded(self.width), BLOCK_DV=_padded(self.v_width),
             WIDE=largest >= WIDE_STRIDE,
         )  # fmt: skip
 
-    def _blocks(self, tile: Tile) -> int:
-        """The bit that says how the block mask's blocks meet this tile."""
-        if not self.block_size:
-            return 0
-        whole = not (self.block_size % tile.block_m or self.block_size % tile.block_n)
-        narrow = max(self.width, self.v_width) <= TILES_LIMIT
-        return TILES.value if whole and narrow else BLOCKS.value
-
-    def _cut(self, launch: Launch) -> bool:
-        tiles = launch.forward, launch.dkdv, launch.dq
-        return any(self._blocks(tile) & BLOCKS.value for tile in tiles)
-
     def at(self, tile: Tile) -> dict[str, Any]:
         """Keyword arguments of a launch with this tile."""
         return dict(
-            self.constexprs, MODE=self.mode | self._blocks(tile), BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
-            num_warps=tile.num_warps, num_stages=tile.num_stages,
+            self.constexprs, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
         )  # fmt: skip
 
 
