@@ -10,11 +10,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from udlkernels.attention.attention.sparse_kernels import (
+    BLOCKS,
+    RANGES,
+    TILES,
+    blocks_seen,
+    row_ranges,
+)
 from udlkernels.attention.attention.tile_kernels import (
     ALIBI,
     BIAS,
     HALF,
     HALF_HEAVY,
+    HALF_TILES,
     LEFT,
     LOG2E,
     MASK,
@@ -22,6 +30,7 @@ from udlkernels.attention.attention.tile_kernels import (
     RIGHT,
     SELECTS,
     SINGLE,
+    SINGLE_SPARSE,
     SOFTCAP,
     clean,
     dot,
@@ -102,23 +111,31 @@ def _dkdv_block(
 ):  # fmt: skip
     """One block of queries joins dk and dv; tiles are [BLOCK_N, BLOCK_M], products need no turn."""
     i = start + tl.arange(0, BLOCK_M)
-    q = load_tile(q_ptr, q_t, start, low, high, BLOCK_M, BLOCK_D, D, True, WIDE)
-    lse, delta = row_values(lse_ptr, delta_ptr, row, i, window[0])
-    qk = dot(k, tl.trans(q), tl.zeros([BLOCK_N, BLOCK_M], dk.dtype))
-    s, t = logits(qk, i[None, :], j[:, None], window, extras, slope, factor, cap, MODE, True, True)
-    dout = load_tile(dout_ptr, dout_t, start, low, high, BLOCK_M, BLOCK_DV, DV, True, WIDE)
-    dp = dot(v, tl.trans(dout), tl.zeros([BLOCK_N, BLOCK_M], dk.dtype))
-    keep = 0
-    if THRESHOLD > 0:
-        keep = tl.trans(kept(seed_ptr, row + start, first_key, THRESHOLD, BLOCK_M, BLOCK_N))
-    p, _, dqk = _gradient(
-        s, t, lse[None, :], dp, delta[None, :], keep, THRESHOLD, KEEP_SCALE, MODE, True
-    )
-    if SELECTS & MODE:
-        q = clean(q, s, 0)
-        dout = clean(dout, s, 0)
-    dv = dot(p.to(dout.dtype), dout, dv)
-    dk = dot(dqk.to(q.dtype), q, dk)
+    some, seen = blocks_seen(start, first_key, i[None, :], j[:, None], window, extras, MODE)
+    if RANGES & MODE:
+        lows, highs = row_ranges(window[6], i, window[0], window[1])
+        window = window[:6] + (lows, highs)  # noqa: RUF005
+        some &= (tl.max(highs, 0) > first_key) & (tl.min(lows, 0) < first_key + BLOCK_N)
+    if some:
+        q = load_tile(q_ptr, q_t, start, low, high, BLOCK_M, BLOCK_D, D, True, WIDE)
+        lse, delta = row_values(lse_ptr, delta_ptr, row, i, window[0])
+        qk = dot(k, tl.trans(q), tl.zeros([BLOCK_N, BLOCK_M], dk.dtype))
+        s, t = logits(
+            qk, i[None, :], j[:, None], window, extras, slope, factor, cap, MODE, True, True, seen
+        )
+        dout = load_tile(dout_ptr, dout_t, start, low, high, BLOCK_M, BLOCK_DV, DV, True, WIDE)
+        dp = dot(v, tl.trans(dout), tl.zeros([BLOCK_N, BLOCK_M], dk.dtype))
+        keep = 0
+        if THRESHOLD > 0:
+            keep = tl.trans(kept(seed_ptr, row + start, first_key, THRESHOLD, BLOCK_M, BLOCK_N))
+        p, _, dqk = _gradient(
+            s, t, lse[None, :], dp, delta[None, :], keep, THRESHOLD, KEEP_SCALE, MODE, True
+        )
+        if (SELECTS | RANGES) & MODE:
+            q = clean(q, s, 0)
+            dout = clean(dout, s, 0)
+        dv = dot(p.to(dout.dtype), dout, dv)
+        dk = dot(dqk.to(q.dtype), q, dk)
     return dk, dv
 
 
@@ -128,6 +145,7 @@ def attention_dkdv_kernel(
     q_b, q_h, q_t, k_b, k_h, k_s, v_b, v_h, v_s, dout_b, dout_h, dout_t,
     dk_b, dk_h, dk_s, dv_b, dv_h, dv_s, scale,
     mask_ptr, bias_ptr, lengths_ptr, slopes_ptr, seed_ptr,
+    ranges_ptr, blocks_ptr, ranges_b, blocks_b, blocks_h, blocks_t, blocks_s, block_size,
     mask_b, mask_h, mask_t, mask_s, bias_b, bias_h, bias_t, bias_s,
     heads, group, queries, keys, offset, left, right, factor, cap,
     SCALE: tl.constexpr,
@@ -146,7 +164,8 @@ def attention_dkdv_kernel(
         factor, cap, scale = FACTOR, CAP, SCALE
     j = first + tl.arange(0, BLOCK_N)
     length = key_length(lengths_ptr, b, keys, MODE)
-    window = queries, keys, length, offset, left, right
+    # The ranges are those of a block of queries: the kernel knows where they lie.
+    window = queries, keys, length, offset, left, right, ranges_ptr + b * ranges_b, 0
     k_at = k_ptr + b * k_b + kv_head * k_h
     v_at = v_ptr + b * v_b + kv_head * v_h
     k = load_tile(k_at, k_s, first, 0, length, BLOCK_N, BLOCK_D, D, True, WIDE)
@@ -161,6 +180,7 @@ def attention_dkdv_kernel(
         extras = (
             mask_ptr + b * mask_b + h * mask_h, mask_t, mask_s,
             bias_ptr + b * bias_b + h * bias_h, bias_t, bias_s,
+            blocks_ptr + b * blocks_b + h * blocks_h, blocks_t, blocks_s, block_size,
         )  # fmt: skip
         slope = 0.0
         if ALIBI & MODE:
@@ -185,7 +205,7 @@ def attention_dkdv_kernel(
 
 @triton.jit
 def score_gradient(
-    q, dout, lse, delta, start, i, low, high, k_ptr, k_s, v_ptr, v_s, seed_ptr, first_row,
+    q, dout, lse, delta, start, i, seen, low, high, k_ptr, k_s, v_ptr, v_s, seed_ptr, first_row,
     window, extras, slope, factor, cap,
     THRESHOLD: tl.constexpr, KEEP_SCALE: tl.constexpr, MODE: tl.constexpr, D: tl.constexpr,
     DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, WIDE: tl.constexpr,
@@ -195,7 +215,9 @@ def score_gradient(
     k = load_tile(k_ptr, k_s, start, low, high, BLOCK_N, BLOCK_D, D, BOUND, WIDE)
     qk = dot(q, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], lse.dtype))
     j = start + tl.arange(0, BLOCK_N)
-    s, t = logits(qk, i[:, None], j[None, :], window, extras, slope, factor, cap, MODE, True, BOUND)
+    s, t = logits(
+        qk, i[:, None], j[None, :], window, extras, slope, factor, cap, MODE, True, BOUND, seen
+    )
     v = load_tile(v_ptr, v_s, start, low, high, BLOCK_N, BLOCK_DV, DV, BOUND, WIDE)
     dp = dot(dout, tl.trans(v), tl.zeros([BLOCK_M, BLOCK_N], lse.dtype))
     keep = 0
@@ -204,31 +226,34 @@ def score_gradient(
     _, ds, dqk = _gradient(
         s, t, lse[:, None], dp, delta[:, None], keep, THRESHOLD, KEEP_SCALE, MODE, BOUND
     )
-    if SELECTS & MODE:
+    if (SELECTS & MODE) != 0 or (BOUND and (RANGES & MODE) != 0):
         k = clean(k, s, 0)
     return ds, dqk, k
 
 
 @triton.jit
 def _dq_block(
-    dq, q, dout, lse, delta, start, i, low, high, k_ptr, k_s, v_ptr, v_s, dbias_ptr, seed_ptr,
+    dq, q, dout, lse, delta, start, first, low, high, k_ptr, k_s, v_ptr, v_s, dbias_ptr, seed_ptr,
     first_row, window, extras, slope, factor, cap,
     THRESHOLD: tl.constexpr, KEEP_SCALE: tl.constexpr, MODE: tl.constexpr, D: tl.constexpr,
     DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DBIAS: tl.constexpr, BOUND: tl.constexpr,
 ):  # fmt: skip
     """One block of keys joins dq; with DBIAS its gradients are written down."""
-    ds, dqk, k = score_gradient(
-        q, dout, lse, delta, start, i, low, high, k_ptr, k_s, v_ptr, v_s, seed_ptr, first_row,
-        window, extras, slope, factor, cap, THRESHOLD, KEEP_SCALE, MODE, D, DV, BLOCK_D, BLOCK_DV,
-        WIDE, BLOCK_M, BLOCK_N, BOUND,
-    )  # fmt: skip
-    if DBIAS:
-        j = start + tl.arange(0, BLOCK_N)
-        at = dbias_ptr + i.to(tl.int64)[:, None] * window[1] + j[None, :]
-        inside = (i < window[0])[:, None] & (j < window[1])[None, :]
-        tl.store(at, ds.to(dbias_ptr.dtype.element_ty), mask=inside)
-    return dot(dqk.to(k.dtype), k, dq)
+    i, j = first + tl.arange(0, BLOCK_M), start + tl.arange(0, BLOCK_N)
+    some, seen = blocks_seen(first, start, i[:, None], j[None, :], window, extras, MODE)
+    if some:
+        ds, dqk, k = score_gradient(
+            q, dout, lse, delta, start, i, seen, low, high, k_ptr, k_s, v_ptr, v_s, seed_ptr,
+            first_row, window, extras, slope, factor, cap, THRESHOLD, KEEP_SCALE, MODE, D, DV,
+            BLOCK_D, BLOCK_DV, WIDE, BLOCK_M, BLOCK_N, BOUND,
+        )  # fmt: skip
+        if DBIAS:
+            at = dbias_ptr + i.to(tl.int64)[:, None] * window[1] + j[None, :]
+            inside = (i < window[0])[:, None] & (j < window[1])[None, :]
+            tl.store(at, ds.to(dbias_ptr.dtype.element_ty), mask=inside)
+        dq = dot(dqk.to(k.dtype), k, dq)
+    return dq
 
 
 @triton.jit(do_not_specialize=PLAIN)
@@ -236,6 +261,7 @@ def attention_dq_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, dbias_ptr,
     q_b, q_h, q_t, k_b, k_h, k_s, v_b, v_h, v_s, dout_b, dout_h, dout_t, dq_b, dq_h, dq_t, scale,
     mask_ptr, bias_ptr, lengths_ptr, slopes_ptr, seed_ptr,
+    ranges_ptr, blocks_ptr, ranges_b, blocks_b, blocks_h, blocks_t, blocks_s, block_size,
     mask_b, mask_h, mask_t, mask_s, bias_b, bias_h, bias_t, bias_s,
     heads, group, queries, keys, offset, left, right, factor, cap,
     SCALE: tl.constexpr, DBIAS: tl.constexpr,
@@ -255,10 +281,15 @@ def attention_dq_kernel(
         factor, cap, scale = FACTOR, CAP, SCALE
     first = tile * BLOCK_M
     i = first + tl.arange(0, BLOCK_M)
-    window = queries, keys, key_length(lengths_ptr, b, keys, MODE), offset, left, right
+    lows, highs = 0, 0
+    if RANGES & MODE:
+        lows, highs = row_ranges(ranges_ptr + b * ranges_b, i, queries, keys)
+    length = key_length(lengths_ptr, b, keys, MODE)
+    window = queries, keys, length, offset, left, right, lows, highs
     extras = (
         mask_ptr + b * mask_b + h * mask_h, mask_t, mask_s,
         bias_ptr + b * bias_b + h * bias_h, bias_t, bias_s,
+        blocks_ptr + b * blocks_b + h * blocks_h, blocks_t, blocks_s, block_size,
     )  # fmt: skip
     slope = 0.0
     if ALIBI & MODE:
@@ -276,16 +307,27 @@ def attention_dq_kernel(
     dq = tl.zeros([BLOCK_M, BLOCK_D], ACC)
 
     low, high, begin, full_begin, full_end, end = key_blocks(first, window, BLOCK_M, BLOCK_N, MODE)
-    for n in range((full_end - full_begin) // BLOCK_N):
-        dq = _dq_block(
-            dq, q, dout, lse, delta, full_begin + n * BLOCK_N, i, low, high, k_ptr, k_s, v_ptr, v_s,
-            dbias_ptr, seed_ptr, row + first, window, extras, slope, factor, cap, THRESHOLD,
-            KEEP_SCALE, MODE, D, DV, BLOCK_D, BLOCK_DV, WIDE, BLOCK_M, BLOCK_N, DBIAS, False,
-        )  # fmt: skip
+    if RANGES & MODE:  # in order, whatever other queries of the tile see
+        for n in range((full_begin - begin) // BLOCK_N):
+            dq = _dq_block(
+                dq, q, dout, lse, delta, begin + n * BLOCK_N, first, low, high, k_ptr, k_s, v_ptr,
+                v_s, dbias_ptr, seed_ptr, row + first, window, extras, slope, factor, cap,
+                THRESHOLD, KEEP_SCALE, MODE, D, DV, BLOCK_D, BLOCK_DV, WIDE, BLOCK_M, BLOCK_N,
+                DBIAS, True,
+            )  # fmt: skip
+        begin = full_begin
+    if (BLOCKS & MODE) == 0:
+        for n in range((full_end - full_begin) // BLOCK_N):
+            dq = _dq_block(
+                dq, q, dout, lse, delta, full_begin + n * BLOCK_N, first, low, high, k_ptr, k_s,
+                v_ptr, v_s, dbias_ptr, seed_ptr, row + first, window, extras, slope, factor, cap,
+                THRESHOLD, KEEP_SCALE, MODE, D, DV, BLOCK_D, BLOCK_DV, WIDE, BLOCK_M, BLOCK_N,
+                DBIAS, False,
+            )  # fmt: skip
     for n in range((full_begin - begin + end - full_end) // BLOCK_N):
         start = masked_start(n, begin, full_begin, full_end, BLOCK_N, (LEFT & MODE) != 0)
         dq = _dq_block(
-            dq, q, dout, lse, delta, start, i, low, high, k_ptr, k_s, v_ptr, v_s,
+            dq, q, dout, lse, delta, start, first, low, high, k_ptr, k_s, v_ptr, v_s,
             dbias_ptr, seed_ptr, row + first, window, extras, slope, factor, cap, THRESHOLD,
             KEEP_SCALE, MODE, D, DV, BLOCK_D, BLOCK_DV, WIDE, BLOCK_M, BLOCK_N, DBIAS, True,
         )  # fmt: skip
@@ -314,12 +356,18 @@ def attention_dsinks_kernel(
 
 _FULL = MASK.value | BIAS.value | RIGHT.value
 _CAPPED = SOFTCAP.value | RIGHT.value
+_TILES, _BLOCKS = RIGHT.value | TILES.value, RIGHT.value | BLOCKS.value
 _LAUNCHES = (
     ("bf16", HALF, "plain", 0, False),
     ("bf16", HALF, "causal", RIGHT.value, False),
     ("bf16", HALF_HEAVY, "causal bias mask", _FULL, False),
     ("bf16", HALF_HEAVY[1:2], "causal softcap dropout", _CAPPED, True),
+    ("bf16", HALF_HEAVY, "ranges", RANGES.value, False),
+    ("bf16", HALF_TILES, "causal blocks of tiles", _TILES, False),
+    ("bf16", HALF_HEAVY, "causal blocks", _BLOCKS, False),
     ("fp32", SINGLE[:2], "causal", RIGHT.value, False),
+    ("fp32", SINGLE_SPARSE[:1], "ranges", RANGES.value, False),
+    ("fp32", SINGLE_SPARSE[:1], "causal blocks", _BLOCKS, False),
 )
 AOT = (
     *(

@@ -10,10 +10,12 @@ import triton
 import triton.language as tl
 
 from udlkernels.attention.attention.backward_kernels import row_values, score_gradient
+from udlkernels.attention.attention.sparse_kernels import RANGES, blocks_seen, row_ranges
 from udlkernels.attention.attention.tile_kernels import (
     ALIBI,
     BIAS,
     HALF_HEAVY,
+    LEFT,
     LOG2E,
     MASK,
     PLAIN,
@@ -33,6 +35,7 @@ def attention_dbias_kernel(
     q_b, q_h, q_t, k_b, k_h, k_s, v_b, v_h, v_s, dout_b, dout_h, dout_t,
     dbias_b, dbias_h, dbias_t, dbias_s, samples_shared, heads_shared, bias_heads,
     mask_ptr, bias_ptr, lengths_ptr, slopes_ptr, seed_ptr,
+    ranges_ptr, blocks_ptr, ranges_b, blocks_b, blocks_h, blocks_t, blocks_s, block_size,
     mask_b, mask_h, mask_t, mask_s, bias_b, bias_h, bias_t, bias_s,
     heads, group, queries, keys, offset, left, right, factor, cap,
     SUM_T: tl.constexpr, SUM_S: tl.constexpr,
@@ -56,33 +59,41 @@ def attention_dbias_kernel(
     first, start = query_tile * BLOCK_M, key_tile * BLOCK_N
     i, j = first + tl.arange(0, BLOCK_M), start + tl.arange(0, BLOCK_N)
     total = tl.zeros([BLOCK_M, BLOCK_N], ACC)
-    whole = queries, keys, keys, offset, left, right
-    low, high, begin, _full_begin, _full_end, end = key_blocks(first, whole, BLOCK_M, BLOCK_N, MODE)
+    whole = queries, keys, keys, offset, left, right, 0, 0
+    low, high, begin, _full_begin, _full_end, end = key_blocks(
+        first, whole, BLOCK_M, BLOCK_N, (LEFT | RIGHT) & MODE
+    )
     count = tl.where((start >= begin) & (start < end), samples_shared * heads_shared, 0)
     for n in range(count):
         b, h = b_first + n // heads_shared, h_first + n % heads_shared
         length = key_length(lengths_ptr, b, keys, MODE)
-        window = queries, keys, length, offset, left, right
+        lows, highs = 0, 0
+        if RANGES & MODE:
+            lows, highs = row_ranges(ranges_ptr + b * ranges_b, i, queries, keys)
+        window = queries, keys, length, offset, left, right, lows, highs
         extras = (
             mask_ptr + b * mask_b + h * mask_h, mask_t, mask_s,
             bias_ptr + b * bias_b + h * bias_h, bias_t, bias_s,
+            blocks_ptr + b * blocks_b + h * blocks_h, blocks_t, blocks_s, block_size,
         )  # fmt: skip
         slope = 0.0
         if ALIBI & MODE:
             slope = tl.load(slopes_ptr + b * heads + h).to(ACC) * LOG2E
-        q_at = q_ptr + b * q_b + h * q_h
-        dout_at = dout_ptr + b * dout_b + h * dout_h
-        q = load_tile(q_at, q_t, first, 0, queries, BLOCK_M, BLOCK_D, D, True, WIDE)
-        dout = load_tile(dout_at, dout_t, first, 0, queries, BLOCK_M, BLOCK_DV, DV, True, WIDE)
-        row = (b * heads + h) * queries
-        lse, delta = row_values(lse_ptr, delta_ptr, row, i, queries)
-        ds, _dqk, _k = score_gradient(
-            q, dout, lse, delta, start, i, low, tl.minimum(high, length),
-            k_ptr + b * k_b + h // group * k_h, k_s, v_ptr + b * v_b + h // group * v_h, v_s,
-            seed_ptr, row + first, window, extras, slope, factor, cap, THRESHOLD, KEEP_SCALE,
-            MODE, D, DV, BLOCK_D, BLOCK_DV, WIDE, BLOCK_M, BLOCK_N, True,
-        )  # fmt: skip
-        total += ds
+        some, seen = blocks_seen(first, start, i[:, None], j[None, :], window, extras, MODE)
+        if some:
+            q_at = q_ptr + b * q_b + h * q_h
+            dout_at = dout_ptr + b * dout_b + h * dout_h
+            q = load_tile(q_at, q_t, first, 0, queries, BLOCK_M, BLOCK_D, D, True, WIDE)
+            dout = load_tile(dout_at, dout_t, first, 0, queries, BLOCK_M, BLOCK_DV, DV, True, WIDE)
+            row = (b * heads + h) * queries
+            lse, delta = row_values(lse_ptr, delta_ptr, row, i, queries)
+            ds, _dqk, _k = score_gradient(
+                q, dout, lse, delta, start, i, seen, low, tl.minimum(high, length),
+                k_ptr + b * k_b + h // group * k_h, k_s, v_ptr + b * v_b + h // group * v_h, v_s,
+                seed_ptr, row + first, window, extras, slope, factor, cap, THRESHOLD, KEEP_SCALE,
+                MODE, D, DV, BLOCK_D, BLOCK_DV, WIDE, BLOCK_M, BLOCK_N, True,
+            )  # fmt: skip
+            total += ds
     at = dbias_ptr + b_out * dbias_b + h_out * dbias_h
     i_at = i.to(tl.int64) * dbias_t
     j_at = j.to(tl.int64) * dbias_s

@@ -20,11 +20,19 @@ from udlkernels.attention.attention.backward_kernels import (
     attention_dsinks_kernel,
 )
 from udlkernels.attention.attention.bias_kernels import bias_gradient, shared_along
+from udlkernels.attention.attention.sparse_kernels import (
+    BLOCKS,
+    RANGES,
+    TILES,
+    blocks_seen,
+    row_ranges,
+)
 from udlkernels.attention.attention.tile_kernels import (
     ALIBI,
     BIAS,
     HALF,
     HALF_HEAVY,
+    HALF_TILES,
     LEFT,
     LN2,
     LOG2E,
@@ -33,6 +41,7 @@ from udlkernels.attention.attention.tile_kernels import (
     RIGHT,
     SELECTS,
     SINGLE,
+    SINGLE_SPARSE,
     SINKS,
     SOFTCAP,
     WIDE_STRIDE,
@@ -55,36 +64,41 @@ from udlkernels.attention.attention.tile_kernels import (
 
 @triton.jit
 def _attend(
-    acc, total, peak, q, start, i, low, high, k_ptr, k_s, v_ptr, v_s, seed_ptr, first_row,
+    acc, total, peak, q, start, first, low, high, k_ptr, k_s, v_ptr, v_s, seed_ptr, first_row,
     window, extras, slope, factor, cap,
     THRESHOLD: tl.constexpr, MODE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, FOLD: tl.constexpr, BOUND: tl.constexpr,
 ):  # fmt: skip
     """One block of keys joins the weighted sum of values, the sum of weights and the maximum."""
-    k = load_tile(k_ptr, k_s, start, low, high, BLOCK_N, BLOCK_D, D, BOUND, WIDE)
-    qk = dot(q, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], acc.dtype))
-    j = start + tl.arange(0, BLOCK_N)
-    s, _ = logits(
-        qk, i[:, None], j[None, :], window, extras, slope, factor, cap, MODE, not FOLD, BOUND
-    )
-    # A row that has seen nothing yet has the maximum -inf; its weights are taken against 0.
-    if FOLD:
-        new_peak = tl.maximum(peak, tl.max(s, 1) * factor)
-        against = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-        p = tl.exp2(s * factor - against[:, None])
-    else:
-        new_peak = tl.maximum(peak, tl.max(s, 1))
-        against = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-        p = tl.exp2(s - against[:, None])
-    shrink = tl.exp2(peak - against)
-    total = total * shrink + tl.sum(p, 1)
-    if THRESHOLD > 0:
-        p = tl.where(kept(seed_ptr, first_row, start, THRESHOLD, BLOCK_M, BLOCK_N), p, 0.0)
-    v = load_tile(v_ptr, v_s, start, low, high, BLOCK_N, BLOCK_DV, DV, BOUND, WIDE)
-    if SELECTS & MODE:
-        v = clean(v, s, 0)
-    return dot(p.to(v.dtype), v, acc * shrink[:, None]), total, new_peak
+    i, j = first + tl.arange(0, BLOCK_M), start + tl.arange(0, BLOCK_N)
+    some, seen = blocks_seen(first, start, i[:, None], j[None, :], window, extras, MODE)
+    if some:
+        k = load_tile(k_ptr, k_s, start, low, high, BLOCK_N, BLOCK_D, D, BOUND, WIDE)
+        qk = dot(q, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], acc.dtype))
+        s, _ = logits(
+            qk, i[:, None], j[None, :], window, extras, slope, factor, cap, MODE, not FOLD, BOUND,
+            seen,
+        )  # fmt: skip
+        # A row that has seen nothing yet has the maximum -inf; its weights are taken against 0.
+        if FOLD:
+            new_peak = tl.maximum(peak, tl.max(s, 1) * factor)
+            against = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+            p = tl.exp2(s * factor - against[:, None])
+        else:
+            new_peak = tl.maximum(peak, tl.max(s, 1))
+            against = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+            p = tl.exp2(s - against[:, None])
+        shrink = tl.exp2(peak - against)
+        total = total * shrink + tl.sum(p, 1)
+        if THRESHOLD > 0:
+            p = tl.where(kept(seed_ptr, first_row, start, THRESHOLD, BLOCK_M, BLOCK_N), p, 0.0)
+        v = load_tile(v_ptr, v_s, start, low, high, BLOCK_N, BLOCK_DV, DV, BOUND, WIDE)
+        if (SELECTS & MODE) != 0 or (BOUND and (RANGES & MODE) != 0):
+            v = clean(v, s, 0)
+        acc = dot(p.to(v.dtype), v, acc * shrink[:, None])
+        peak = new_peak
+    return acc, total, peak
 
 
 @triton.jit(do_not_specialize=PLAIN)
@@ -92,6 +106,7 @@ def attention_fwd_kernel(
     q_ptr, k_ptr, v_ptr, sinks_ptr, out_ptr, lse_ptr,
     q_b, q_h, q_t, k_b, k_h, k_s, v_b, v_h, v_s, out_b, out_h, out_t,
     mask_ptr, bias_ptr, lengths_ptr, slopes_ptr, seed_ptr,
+    ranges_ptr, blocks_ptr, ranges_b, blocks_b, blocks_h, blocks_t, blocks_s, block_size,
     mask_b, mask_h, mask_t, mask_s, bias_b, bias_h, bias_t, bias_s,
     heads, group, queries, keys, offset, left, right, factor, cap,
     FACTOR: tl.constexpr, CAP: tl.constexpr, THRESHOLD: tl.constexpr, KEEP_SCALE: tl.constexpr,
@@ -109,10 +124,15 @@ def attention_fwd_kernel(
         factor, cap = FACTOR, CAP
     first = tile * BLOCK_M
     i = first + tl.arange(0, BLOCK_M)
-    window = queries, keys, key_length(lengths_ptr, b, keys, MODE), offset, left, right
+    lows, highs = 0, 0
+    if RANGES & MODE:
+        lows, highs = row_ranges(ranges_ptr + b * ranges_b, i, queries, keys)
+    length = key_length(lengths_ptr, b, keys, MODE)
+    window = queries, keys, length, offset, left, right, lows, highs
     extras = (
         mask_ptr + b * mask_b + h * mask_h, mask_t, mask_s,
         bias_ptr + b * bias_b + h * bias_h, bias_t, bias_s,
+        blocks_ptr + b * blocks_b + h * blocks_h, blocks_t, blocks_s, block_size,
     )  # fmt: skip
     slope = 0.0
     if ALIBI & MODE:
@@ -130,16 +150,25 @@ def attention_fwd_kernel(
         total += tl.where(sink == float("-inf"), 0.0, 1.0)
 
     low, high, begin, full_begin, full_end, end = key_blocks(first, window, BLOCK_M, BLOCK_N, MODE)
-    for n in range((full_end - full_begin) // BLOCK_N):
-        acc, total, peak = _attend(
-            acc, total, peak, q, full_begin + n * BLOCK_N, i, low, high, k_ptr, k_s, v_ptr, v_s,
-            seed_ptr, unit * queries + first, window, extras, slope, factor, cap,
-            THRESHOLD, MODE, D, DV, BLOCK_D, BLOCK_DV, WIDE, BLOCK_M, BLOCK_N, FOLD, False,
-        )  # fmt: skip
+    if RANGES & MODE:  # in order, whatever other queries of the tile see
+        for n in range((full_begin - begin) // BLOCK_N):
+            acc, total, peak = _attend(
+                acc, total, peak, q, begin + n * BLOCK_N, first, low, high, k_ptr, k_s, v_ptr, v_s,
+                seed_ptr, unit * queries + first, window, extras, slope, factor, cap,
+                THRESHOLD, MODE, D, DV, BLOCK_D, BLOCK_DV, WIDE, BLOCK_M, BLOCK_N, FOLD, True,
+            )  # fmt: skip
+        begin = full_begin
+    if (BLOCKS & MODE) == 0:
+        for n in range((full_end - full_begin) // BLOCK_N):
+            acc, total, peak = _attend(
+                acc, total, peak, q, full_begin + n * BLOCK_N, first, low, high, k_ptr, k_s, v_ptr,
+                v_s, seed_ptr, unit * queries + first, window, extras, slope, factor, cap,
+                THRESHOLD, MODE, D, DV, BLOCK_D, BLOCK_DV, WIDE, BLOCK_M, BLOCK_N, FOLD, False,
+            )  # fmt: skip
     for n in range((full_begin - begin + end - full_end) // BLOCK_N):
         start = masked_start(n, begin, full_begin, full_end, BLOCK_N, (LEFT & MODE) != 0)
         acc, total, peak = _attend(
-            acc, total, peak, q, start, i, low, high, k_ptr, k_s, v_ptr, v_s,
+            acc, total, peak, q, start, first, low, high, k_ptr, k_s, v_ptr, v_s,
             seed_ptr, unit * queries + first, window, extras, slope, factor, cap,
             THRESHOLD, MODE, D, DV, BLOCK_D, BLOCK_DV, WIDE, BLOCK_M, BLOCK_N, FOLD, True,
         )  # fmt: skip
@@ -161,8 +190,8 @@ def attention_fwd(
     scale: float, softcap: float, dropout_p: float, seed: torch.Tensor | None, heads_last: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     problem = Problem(
-        q, k, v, mask, bias, key_lengths, alibi_slopes, sinks, offset, left, right, scale, softcap,
-        dropout_p, seed,
+        q, k, v, mask, bias, key_lengths, alibi_slopes, sinks, ranges, block_mask, block_size,
+        offset, left, right, scale, softcap, dropout_p, seed,
     )  # fmt: skip
     out = result(q, problem.v_width, heads_last)
     lse = q.new_empty(q.shape[:3], dtype=problem.acc)
@@ -186,8 +215,8 @@ def attention_bwd(
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
     """dq, dk, dv, dbias, dsinks; what is not wanted comes back without elements."""
     problem = Problem(
-        q, k, v, mask, bias, key_lengths, alibi_slopes, None, offset, left, right, scale, softcap,
-        dropout_p, seed,
+        q, k, v, mask, bias, key_lengths, alibi_slopes, None, ranges, block_mask, block_size,
+        offset, left, right, scale, softcap, dropout_p, seed,
     )  # fmt: skip
     dout = dout if dout.stride(3) == 1 else dout.contiguous()
     problem.constexprs["WIDE"] |= dout.stride(2) >= WIDE_STRIDE
@@ -250,6 +279,7 @@ def _dkdv(
 
 _FULL = MASK.value | BIAS.value | RIGHT.value
 _CAPPED = SOFTCAP.value | RIGHT.value
+_TILES, _BLOCKS = RIGHT.value | TILES.value, RIGHT.value | BLOCKS.value
 AOT = (
     *(
         entry(attention_fwd_kernel, label, "bf16", row.limit, row.forward, mode, drop, FOLD=fold)
@@ -258,13 +288,20 @@ AOT = (
             (HALF, "causal", RIGHT.value, False, True),
             (HALF_HEAVY, "causal bias mask", _FULL, False, False),
             (HALF_HEAVY[1:2], "causal softcap dropout", _CAPPED, True, False),
+            (HALF_HEAVY, "ranges", RANGES.value, False, True),
+            (HALF_TILES, "causal blocks of tiles", _TILES, False, True),
+            (HALF_HEAVY, "causal blocks", _BLOCKS, False, True),
         )
         for row in rows
     ),
     *(
-        entry(attention_fwd_kernel, "causal", "fp32", row.limit, row.forward, RIGHT.value,
-              FOLD=True)
-        for row in SINGLE
+        entry(attention_fwd_kernel, label, "fp32", row.limit, row.forward, mode, FOLD=True)
+        for rows, label, mode in (
+            (SINGLE, "causal", RIGHT.value),
+            (SINGLE_SPARSE[:1], "ranges", RANGES.value),
+            (SINGLE_SPARSE[:1], "causal blocks", _BLOCKS),
+        )
+        for row in rows
     ),
     *backward_kernels.AOT,
     *bias_kernels.AOT,

@@ -391,8 +391,8 @@ class _Attention(torch.autograd.Function):
             bias = bias.expand(*q.shape[:3], k.shape[2])
         dq, dk, dv, dbias, dsinks = BWD(
             dout, None if dlse is None else dlse.contiguous(), q, k, v, out, lse, mask, bias,
-            key_lengths, alibi_slopes, sinks, ranges, block_mask, block_size, *args, seed, heads_last,
-            need_dq, need_dk or need_dv, need_dbias, need_dsinks,
+            key_lengths, alibi_slopes, sinks, ranges, block_mask, block_size, *args, seed,
+            heads_last, need_dq, need_dk or need_dv, need_dbias, need_dsinks,
         )  # fmt: skip
         return (
             dq if need_dq else None,

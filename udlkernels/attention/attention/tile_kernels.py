@@ -16,6 +16,7 @@ import triton.language as tl
 
 from udlkernels._aot import Entry
 from udlkernels._philox import threshold
+from udlkernels.attention.attention.sparse_kernels import BLOCKS, RANGES, TILES, in_range, narrowed
 from udlkernels.normalization._row_kernels import dropout_keeps
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -29,10 +30,10 @@ LEFT = tl.constexpr(16)
 RIGHT = tl.constexpr(32)
 LENGTHS = tl.constexpr(64)
 SINKS = tl.constexpr(128)
-# Either can mask any single key, so a row of a loaded tile may be one that nobody sees.
-SELECTS = tl.constexpr(MASK.value | BIAS.value)
+# Any of them can mask any single key, so a row of a loaded tile may be one that nobody sees.
+SELECTS = tl.constexpr(MASK.value | BIAS.value | BLOCKS.value)
 # Bits that want registers: the launch takes smaller tiles.
-HEAVY = SELECTS.value | SOFTCAP.value
+HEAVY = SELECTS.value | SOFTCAP.value | RANGES.value
 # Rows this far apart need 64-bit offsets inside a tile of 128 rows too.
 WIDE_STRIDE = 2**23
 
@@ -87,13 +88,31 @@ SINGLE = (
     Launch(256, Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
     Launch(512, Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
 )
+# With ranges, or blocks that cut tiles.
+SINGLE_SPARSE = (
+    Launch(64, Tile(32, 16, 4, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+    Launch(512, Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+)
+# Blocks of a block mask whose size is a multiple of 64 are made of these tiles, and a tile that is
+# not seen costs a branch. Beyond 256 that branch is what makes the backward spill.
+HALF_TILES = (
+    Launch(64, Tile(64, 64, 4, 2), Tile(32, 64, 4, 2), Tile(64, 64, 4, 2)),
+    Launch(128, Tile(64, 64, 4, 2), Tile(32, 64, 4, 1), Tile(64, 64, 8, 2)),
+    HALF[2],
+)
 DOUBLE = (Launch(512, Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),)
 
 
-def pick(dtype: torch.dtype, width: int, heavy: bool) -> Launch:
-    half = HALF_HEAVY if heavy else HALF
-    table = {8: DOUBLE, 4: SINGLE}.get(dtype.itemsize, half)
+def pick(dtype: torch.dtype, width: int, mode: int, drops: bool) -> Launch:
+    heavy, sparse = drops or (mode & HEAVY) != 0, mode & (RANGES.value | BLOCKS.value)
+    half = HALF_TILES if mode & TILES.value else HALF_HEAVY if heavy else HALF
+    table = {8: DOUBLE, 4: SINGLE_SPARSE if sparse else SINGLE}.get(dtype.itemsize, half)
     return next(launch for launch in table if width <= launch.limit)
+
+
+def tiles_fit(dtype: torch.dtype, width: int, block_size: int) -> bool:
+    """Whether blocks of this size are made of the tiles of `HALF_TILES`."""
+    return dtype.itemsize == 2 and width <= HALF_TILES[-1].limit and block_size % 64 == 0
 
 
 @triton.jit
@@ -182,7 +201,7 @@ def _blocks(low, high, full_low, full_high, BLOCK: tl.constexpr):
 @triton.jit
 def key_blocks(first, window, ROWS: tl.constexpr, BLOCK: tl.constexpr, MODE: tl.constexpr):
     """Which keys the queries first ... first + ROWS see: `_blocks`."""
-    queries, _, length, offset, left, right = window
+    queries, keys, length, offset, left, right = window[:6]
     last = tl.minimum(first + ROWS, queries) - 1
     low, full_low = first * 0, first * 0
     high = length + first * 0
@@ -193,13 +212,19 @@ def key_blocks(first, window, ROWS: tl.constexpr, BLOCK: tl.constexpr, MODE: tl.
     if RIGHT & MODE:
         high = tl.minimum(length, last + offset + right + 1)
         full_high = tl.minimum(length, first + offset + right + 1)
+    if RANGES & MODE:
+        low, high, full_low, full_high = narrowed(
+            low, high, full_low, full_high, window[6], window[7], keys
+        )
+    if BLOCKS & MODE:  # any block may need the mask
+        full_low, full_high = low, low
     return _blocks(low, high, full_low, full_high, BLOCK)
 
 
 @triton.jit
 def query_blocks(first, window, COLS: tl.constexpr, BLOCK: tl.constexpr, MODE: tl.constexpr):
     """[low, high) see any of the keys first ... first + COLS; block starts begin to end."""
-    queries, _, length, offset, left, right = window
+    queries, _, length, offset, left, right = window[:6]
     last = tl.minimum(first + COLS, length) - 1
     low = first * 0
     high = queries + low
@@ -225,14 +250,15 @@ def masked_start(n, begin, full_begin, full_end, BLOCK: tl.constexpr, BEFORE: tl
 @triton.jit
 def logits(
     qk, i, j, window, extras, slope, factor, cap, MODE: tl.constexpr, SCALED: tl.constexpr,
-    BOUND: tl.constexpr,
+    BOUND: tl.constexpr, seen=0,
 ):  # fmt: skip
     """Logits in base 2 of a tile of q k, -inf where masked; and tanh, with SOFTCAP.
 
-    i, j: the tile's queries and keys, along either axis. BOUND: window and key length cut the tile.
+    i, j: the tile's queries and keys, along either axis; seen: what `blocks_seen` left of it.
+    BOUND: window, key length and ranges cut the tile.
     """
-    queries, keys, length, offset, left, right = window
-    mask_ptr, mask_t, mask_s, bias_ptr, bias_t, bias_s = extras
+    queries, keys, length, offset, left, right = window[:6]
+    mask_ptr, mask_t, mask_s, bias_ptr, bias_t, bias_s = extras[:6]
     s = qk
     if SCALED:
         s = qk * factor
@@ -251,12 +277,16 @@ def logits(
     if MASK & MODE:
         at = mask_ptr + i.to(tl.int64) * mask_t + j.to(tl.int64) * mask_s
         s = tl.where(tl.load(at, mask=inside, other=0) != 0, s, float("-inf"))
+    if BLOCKS & MODE:
+        s = tl.where(seen != 0, s, float("-inf"))
     if BOUND:
         visible = (j < length) & (i < queries)
         if LEFT & MODE:
             visible &= distance >= -left
         if RIGHT & MODE:
             visible &= distance <= right
+        if RANGES & MODE:
+            visible &= in_range(i, j, window[6], window[7])
         s = tl.where(visible, s, float("-inf"))
     return s, t
 
@@ -288,8 +318,10 @@ class Problem:
     def __init__(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None,
         bias: torch.Tensor | None, key_lengths: torch.Tensor | None,
-        alibi_slopes: torch.Tensor | None, sinks: torch.Tensor | None, offset: int, left: int,
-        right: int, scale: float, softcap: float, dropout_p: float, seed: torch.Tensor | None,
+        alibi_slopes: torch.Tensor | None, sinks: torch.Tensor | None,
+        ranges: torch.Tensor | None, block_mask: torch.Tensor | None, block_size: int, offset: int,
+        left: int, right: int, scale: float, softcap: float, dropout_p: float,
+        seed: torch.Tensor | None,
     ) -> None:  # fmt: skip
         self.batch, self.heads, self.queries, self.width = q.shape
         self.kv_heads, self.keys, self.v_width = k.shape[1], k.shape[2], v.shape[3]
@@ -299,29 +331,36 @@ class Problem:
         given = (
             (MASK, mask is not None), (BIAS, bias is not None), (ALIBI, alibi_slopes is not None),
             (SOFTCAP, softcap > 0.0), (LENGTHS, key_lengths is not None),
-            (SINKS, sinks is not None),
+            (SINKS, sinks is not None), (RANGES, ranges is not None),
             # Distances j - i - offset reach from 1 - queries - offset to keys - 1 - offset.
             (LEFT, left < self.queries - 1 + offset), (RIGHT, right < self.keys - 1 - offset),
         )  # fmt: skip
         self.mode = sum(bit.value for bit, has in given if has)
         drops = dropout_p > 0.0 and seed is not None
-        heavy = drops or (self.mode & HEAVY) != 0
-        self.launch = pick(q.dtype, max(self.width, self.v_width), heavy)
+        width = max(self.width, self.v_width)
+        if block_mask is not None:
+            whole = not (drops or self.mode & HEAVY) and tiles_fit(q.dtype, width, block_size)
+            self.mode |= TILES.value if whole else BLOCKS.value
+        self.launch = pick(q.dtype, width, self.mode, drops)
         factor, cap = (scale / softcap, softcap) if softcap > 0.0 else (scale, 0.0)
         factor, cap = factor * (1.0 if softcap > 0.0 else LOG2E.value), cap * LOG2E.value
         # A scaled row maximum is the maximum of the scaled row, and one multiplication less, where
         # the factor is positive and nothing is added to the product.
-        adds = MASK.value | LENGTHS.value | LEFT.value | RIGHT.value | SINKS.value
+        masks = MASK.value | RANGES.value | BLOCKS.value | TILES.value
+        masks |= LENGTHS.value | LEFT.value | RIGHT.value | SINKS.value
         self.scale_constexpr = scale if self.double else 0.0
-        self.fold = factor > 0.0 and not self.mode & ~adds
+        self.fold = factor > 0.0 and not self.mode & ~masks
         mask_bytes = q if mask is None else mask.view(torch.uint8)
         bias_values = q if bias is None else bias
         mask_strides = (0, 0, 0, 0) if mask is None else mask.stride()
         bias_strides = (0, 0, 0, 0) if bias is None else bias.stride()
+        blocks = q if block_mask is None else block_mask.view(torch.uint8)
+        blocks_strides = (0, 0, 0, 0) if block_mask is None else block_mask.stride()
         reach = self.queries + self.keys + abs(offset)
         self.common = (
             mask_bytes, bias_values, *(or_placeholder(t, q) for t in (key_lengths, alibi_slopes)),
-            or_placeholder(seed, q),
+            or_placeholder(seed, q), or_placeholder(ranges, q), blocks,
+            0 if ranges is None else ranges.stride(0), *blocks_strides, block_size,
             *mask_strides, *bias_strides, self.heads, self.heads // self.kv_heads,
             self.queries, self.keys, offset,
             min(max(left, -reach), reach), min(max(right, -reach), reach), factor, cap,
@@ -370,10 +409,13 @@ _OWN_TYPE = (
     dict.fromkeys(("lengths_ptr", "seed_ptr", "table_ptr", "cu_q_ptr", "cu_k_ptr"), "*i64")
     | dict.fromkeys(("lse_ptr", "delta_ptr", "slopes_ptr", "sinks_ptr"), "*fp32")
     | dict.fromkeys(("parts_ptr", "part_lse_ptr", "cos_ptr", "sin_ptr"), "*fp32")
-    | {"mask_ptr": "*u8"}
+    | {"mask_ptr": "*u8", "ranges_ptr": "*i64", "blocks_ptr": "*u8"}
 )
-# Arguments that index arithmetic never multiplies into a pointer.
-PLAIN = ["heads", "group", "offset", "left", "right"]
+# Arguments that index arithmetic never multiplies into a pointer, or of a load that stays narrow.
+PLAIN = [
+    "heads", "group", "offset", "left", "right", "ranges_b", "blocks_b", "blocks_h", "blocks_t",
+    "blocks_s", "block_size",
+]  # fmt: skip
 
 
 def entry(

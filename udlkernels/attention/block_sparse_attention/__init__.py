@@ -1,0 +1,1 @@
+"""block_sparse_attention, on the kernels of attention."""
