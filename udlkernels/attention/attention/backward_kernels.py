@@ -41,8 +41,10 @@ from udlkernels.attention.attention.tile_kernels import (
     load_tile,
     logits,
     masked_start,
+    placed,
     query_blocks,
     store_tile,
+    tile_count,
 )
 
 
@@ -147,7 +149,7 @@ def attention_dkdv_kernel(
     mask_ptr, bias_ptr, lengths_ptr, slopes_ptr, seed_ptr,
     ranges_ptr, blocks_ptr, ranges_b, blocks_b, blocks_h, blocks_t, blocks_s, block_size,
     mask_b, mask_h, mask_t, mask_s, bias_b, bias_h, bias_t, bias_s,
-    heads, group, queries, keys, offset, left, right, factor, cap,
+    heads, group, queries, keys, offset, left, right, factor, cap, cu_q_ptr, cu_k_ptr, samples,
     SCALE: tl.constexpr,
     FACTOR: tl.constexpr, CAP: tl.constexpr, THRESHOLD: tl.constexpr, KEEP_SCALE: tl.constexpr,
     MODE: tl.constexpr, ACC: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
@@ -155,19 +157,24 @@ def attention_dkdv_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of BLOCK_N keys of one KV head, over the query heads of its group in order."""
-    tiles = tl.cdiv(keys, BLOCK_N)
-    first = tl.program_id(0) % tiles * BLOCK_N
+    tiles = tile_count(keys, cu_k_ptr, samples, BLOCK_N)
     unit = (tl.program_id(0) // tiles).to(tl.int64)
-    kv_heads = heads // group
-    b, kv_head = unit // kv_heads, unit % kv_heads
+    b, sample, kv_head, first, k_start, own, q_start, met = placed(
+        tl.program_id(0) % tiles, unit, keys, queries, heads // group, cu_k_ptr, cu_q_ptr, samples,
+        BLOCK_N,
+    )  # fmt: skip
+    rows = queries
+    queries, keys = met, own
+    if cu_k_ptr is not None:
+        offset *= keys - queries
     if ACC == tl.float64:
         factor, cap, scale = FACTOR, CAP, SCALE
     j = first + tl.arange(0, BLOCK_N)
     length = key_length(lengths_ptr, b, keys, MODE)
     # The ranges are those of a block of queries: the kernel knows where they lie.
     window = queries, keys, length, offset, left, right, ranges_ptr + b * ranges_b, 0
-    k_at = k_ptr + b * k_b + kv_head * k_h
-    v_at = v_ptr + b * v_b + kv_head * v_h
+    k_at = k_ptr + b * k_b + kv_head * k_h + k_start * k_s
+    v_at = v_ptr + b * v_b + kv_head * v_h + k_start * v_s
     k = load_tile(k_at, k_s, first, 0, length, BLOCK_N, BLOCK_D, D, True, WIDE)
     v = load_tile(v_at, v_s, first, 0, length, BLOCK_N, BLOCK_DV, DV, True, WIDE)
     dk = tl.zeros([BLOCK_N, BLOCK_D], ACC)
@@ -184,10 +191,10 @@ def attention_dkdv_kernel(
         )  # fmt: skip
         slope = 0.0
         if ALIBI & MODE:
-            slope = tl.load(slopes_ptr + b * heads + h).to(ACC) * LOG2E
-        q_at = q_ptr + b * q_b + h * q_h
-        dout_at = dout_ptr + b * dout_b + h * dout_h
-        row = (b * heads + h) * queries
+            slope = tl.load(slopes_ptr + sample * heads + h).to(ACC) * LOG2E
+        q_at = q_ptr + b * q_b + h * q_h + q_start * q_t
+        dout_at = dout_ptr + b * dout_b + h * dout_h + q_start * dout_t
+        row = (b * heads + h) * rows + q_start
         for n in tl.range((end - begin) // BLOCK_M, disable_licm=True):
             dk, dv = _dkdv_block(
                 dk, dv, k, v, begin + n * BLOCK_M, j, low, high, q_at, q_t, dout_at, dout_t,
@@ -197,8 +204,8 @@ def attention_dkdv_kernel(
     valid = (j < length)[:, None]
     dk = tl.where(valid, dk * scale, 0.0)
     dv = tl.where(valid, dv, 0.0)
-    dk_at = dk_ptr + b * dk_b + kv_head * dk_h
-    dv_at = dv_ptr + b * dv_b + kv_head * dv_h
+    dk_at = dk_ptr + b * dk_b + kv_head * dk_h + k_start * dk_s
+    dv_at = dv_ptr + b * dv_b + kv_head * dv_h + k_start * dv_s
     store_tile(dk, dk_at, dk_s, first, keys, BLOCK_N, BLOCK_D, D, WIDE)
     store_tile(dv, dv_at, dv_s, first, keys, BLOCK_N, BLOCK_DV, DV, WIDE)
 
@@ -263,7 +270,7 @@ def attention_dq_kernel(
     mask_ptr, bias_ptr, lengths_ptr, slopes_ptr, seed_ptr,
     ranges_ptr, blocks_ptr, ranges_b, blocks_b, blocks_h, blocks_t, blocks_s, block_size,
     mask_b, mask_h, mask_t, mask_s, bias_b, bias_h, bias_t, bias_s,
-    heads, group, queries, keys, offset, left, right, factor, cap,
+    heads, group, queries, keys, offset, left, right, factor, cap, cu_q_ptr, cu_k_ptr, samples,
     SCALE: tl.constexpr, DBIAS: tl.constexpr,
     FACTOR: tl.constexpr, CAP: tl.constexpr, THRESHOLD: tl.constexpr, KEEP_SCALE: tl.constexpr,
     MODE: tl.constexpr, ACC: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
@@ -271,15 +278,20 @@ def attention_dq_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dq of BLOCK_M queries of one head; with DBIAS the bias's gradient too, where it is not 0."""
-    tiles = tl.cdiv(queries, BLOCK_M)
+    tiles = tile_count(queries, cu_q_ptr, samples, BLOCK_M)
     tile = tl.program_id(0) % tiles
     if RIGHT & MODE:
         tile = tiles - 1 - tile
     unit = (tl.program_id(0) // tiles).to(tl.int64)
-    b, h = unit // heads, unit % heads
+    b, sample, h, first, q_start, own, k_start, met = placed(
+        tile, unit, queries, keys, heads, cu_q_ptr, cu_k_ptr, samples, BLOCK_M
+    )  # fmt: skip
+    row = (b * heads + h) * queries + q_start
+    queries, keys = own, met
+    if cu_q_ptr is not None:
+        offset *= keys - queries
     if ACC == tl.float64:
         factor, cap, scale = FACTOR, CAP, SCALE
-    first = tile * BLOCK_M
     i = first + tl.arange(0, BLOCK_M)
     lows, highs = 0, 0
     if RANGES & MODE:
@@ -293,16 +305,15 @@ def attention_dq_kernel(
     )  # fmt: skip
     slope = 0.0
     if ALIBI & MODE:
-        slope = tl.load(slopes_ptr + unit).to(ACC) * LOG2E
-    q_ptr += b * q_b + h * q_h
-    k_ptr += b * k_b + h // group * k_h
-    v_ptr += b * v_b + h // group * v_h
-    dout_ptr += b * dout_b + h * dout_h
+        slope = tl.load(slopes_ptr + sample * heads + h).to(ACC) * LOG2E
+    q_ptr += b * q_b + h * q_h + q_start * q_t
+    k_ptr += b * k_b + h // group * k_h + k_start * k_s
+    v_ptr += b * v_b + h // group * v_h + k_start * v_s
+    dout_ptr += b * dout_b + h * dout_h + q_start * dout_t
     if DBIAS:
         dbias_ptr += unit * queries * keys
     q = load_tile(q_ptr, q_t, first, 0, queries, BLOCK_M, BLOCK_D, D, True, WIDE)
     dout = load_tile(dout_ptr, dout_t, first, 0, queries, BLOCK_M, BLOCK_DV, DV, True, WIDE)
-    row = unit * queries
     lse, delta = row_values(lse_ptr, delta_ptr, row, i, queries)
     dq = tl.zeros([BLOCK_M, BLOCK_D], ACC)
 
@@ -331,7 +342,7 @@ def attention_dq_kernel(
             dbias_ptr, seed_ptr, row + first, window, extras, slope, factor, cap, THRESHOLD,
             KEEP_SCALE, MODE, D, DV, BLOCK_D, BLOCK_DV, WIDE, BLOCK_M, BLOCK_N, DBIAS, True,
         )  # fmt: skip
-    dq_at = dq_ptr + b * dq_b + h * dq_h
+    dq_at = dq_ptr + b * dq_b + h * dq_h + q_start * dq_t
     store_tile(dq * scale, dq_at, dq_t, first, queries, BLOCK_M, BLOCK_D, D, WIDE)
 
 

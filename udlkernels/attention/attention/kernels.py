@@ -56,9 +56,11 @@ from udlkernels.attention.attention.tile_kernels import (
     logits,
     masked_start,
     or_placeholder,
+    placed,
     result,
     store_tile,
     strides,
+    tile_count,
 )
 
 
@@ -108,21 +110,26 @@ def attention_fwd_kernel(
     mask_ptr, bias_ptr, lengths_ptr, slopes_ptr, seed_ptr,
     ranges_ptr, blocks_ptr, ranges_b, blocks_b, blocks_h, blocks_t, blocks_s, block_size,
     mask_b, mask_h, mask_t, mask_s, bias_b, bias_h, bias_t, bias_s,
-    heads, group, queries, keys, offset, left, right, factor, cap,
+    heads, group, queries, keys, offset, left, right, factor, cap, cu_q_ptr, cu_k_ptr, samples,
     FACTOR: tl.constexpr, CAP: tl.constexpr, THRESHOLD: tl.constexpr, KEEP_SCALE: tl.constexpr,
     MODE: tl.constexpr, ACC: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FOLD: tl.constexpr,
 ):  # fmt: skip
-    tiles = tl.cdiv(queries, BLOCK_M)
+    tiles = tile_count(queries, cu_q_ptr, samples, BLOCK_M)
     tile = tl.program_id(0) % tiles
     if RIGHT & MODE:
         tile = tiles - 1 - tile  # the queries that see most keys start first
     unit = (tl.program_id(0) // tiles).to(tl.int64)
-    b, h = unit // heads, unit % heads
+    b, sample, h, first, q_start, own, k_start, met = placed(
+        tile, unit, queries, keys, heads, cu_q_ptr, cu_k_ptr, samples, BLOCK_M
+    )  # fmt: skip
+    row = (b * heads + h) * queries + q_start
+    queries, keys = own, met
+    if cu_q_ptr is not None:
+        offset *= keys - queries
     if ACC == tl.float64:
         factor, cap = FACTOR, CAP
-    first = tile * BLOCK_M
     i = first + tl.arange(0, BLOCK_M)
     lows, highs = 0, 0
     if RANGES & MODE:
@@ -136,16 +143,19 @@ def attention_fwd_kernel(
     )  # fmt: skip
     slope = 0.0
     if ALIBI & MODE:
-        slope = tl.load(slopes_ptr + unit).to(ACC) * LOG2E
-    q_ptr += b * q_b + h * q_h
-    k_ptr += b * k_b + h // group * k_h
-    v_ptr += b * v_b + h // group * v_h
+        slope = tl.load(slopes_ptr + sample * heads + h).to(ACC) * LOG2E
+    q_ptr += b * q_b + h * q_h + q_start * q_t
+    k_ptr += b * k_b + h // group * k_h + k_start * k_s
+    v_ptr += b * v_b + h // group * v_h + k_start * v_s
+    out_ptr += b * out_b + h * out_h + q_start * out_t
     q = load_tile(q_ptr, q_t, first, 0, queries, BLOCK_M, BLOCK_D, D, True, WIDE)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], ACC)
     total = tl.zeros([BLOCK_M], ACC)
     peak = tl.full([BLOCK_M], float("-inf"), ACC)
     if SINKS & MODE:
         sink = tl.load(sinks_ptr + h).to(ACC) * LOG2E
+        if cu_q_ptr is not None:  # rows behind the last sequence have no sink either
+            sink = tl.where(sample < samples, sink, float("-inf"))
         peak = tl.zeros([BLOCK_M], ACC) + sink
         total += tl.where(sink == float("-inf"), 0.0, 1.0)
 
@@ -154,7 +164,7 @@ def attention_fwd_kernel(
         for n in range((full_begin - begin) // BLOCK_N):
             acc, total, peak = _attend(
                 acc, total, peak, q, begin + n * BLOCK_N, first, low, high, k_ptr, k_s, v_ptr, v_s,
-                seed_ptr, unit * queries + first, window, extras, slope, factor, cap,
+                seed_ptr, row + first, window, extras, slope, factor, cap,
                 THRESHOLD, MODE, D, DV, BLOCK_D, BLOCK_DV, WIDE, BLOCK_M, BLOCK_N, FOLD, True,
             )  # fmt: skip
         begin = full_begin
@@ -162,24 +172,22 @@ def attention_fwd_kernel(
         for n in range((full_end - full_begin) // BLOCK_N):
             acc, total, peak = _attend(
                 acc, total, peak, q, full_begin + n * BLOCK_N, first, low, high, k_ptr, k_s, v_ptr,
-                v_s, seed_ptr, unit * queries + first, window, extras, slope, factor, cap,
+                v_s, seed_ptr, row + first, window, extras, slope, factor, cap,
                 THRESHOLD, MODE, D, DV, BLOCK_D, BLOCK_DV, WIDE, BLOCK_M, BLOCK_N, FOLD, False,
             )  # fmt: skip
     for n in range((full_begin - begin + end - full_end) // BLOCK_N):
         start = masked_start(n, begin, full_begin, full_end, BLOCK_N, (LEFT & MODE) != 0)
         acc, total, peak = _attend(
             acc, total, peak, q, start, first, low, high, k_ptr, k_s, v_ptr, v_s,
-            seed_ptr, unit * queries + first, window, extras, slope, factor, cap,
+            seed_ptr, row + first, window, extras, slope, factor, cap,
             THRESHOLD, MODE, D, DV, BLOCK_D, BLOCK_DV, WIDE, BLOCK_M, BLOCK_N, FOLD, True,
         )  # fmt: skip
 
     divisor = tl.where(total == 0.0, 1.0, total)
     out = acc * (KEEP_SCALE / divisor)[:, None]
-    store_tile(
-        out, out_ptr + b * out_b + h * out_h, out_t, first, queries, BLOCK_M, BLOCK_DV, DV, WIDE
-    )
+    store_tile(out, out_ptr, out_t, first, queries, BLOCK_M, BLOCK_DV, DV, WIDE)
     lse = tl.where(total == 0.0, float("-inf"), (peak + tl.log2(divisor)) * LN2)
-    tl.store(lse_ptr + unit * queries + i, lse, mask=i < queries)
+    tl.store(lse_ptr + row + i, lse, mask=i < queries)
 
 
 def attention_fwd(
@@ -194,14 +202,18 @@ def attention_fwd(
         offset, left, right, scale, softcap, dropout_p, seed,
     )  # fmt: skip
     out = result(q, problem.v_width, heads_last)
+    return out, launch_fwd(problem, sinks, out)
+
+
+def launch_fwd(problem: Problem, sinks: torch.Tensor | None, out: torch.Tensor) -> torch.Tensor:
+    """Writes out, returns lse."""
+    q, k, v, tile = problem.q, problem.k, problem.v, problem.launch.forward
     lse = q.new_empty(q.shape[:3], dtype=problem.acc)
-    tile = problem.launch.forward
-    programs = triton.cdiv(problem.queries, tile.block_m) * problem.batch * problem.heads
-    attention_fwd_kernel[(programs,)](
+    attention_fwd_kernel[(problem.programs(tile.block_m),)](
         q, k, v, or_placeholder(sinks, q), out, lse, *strides(q, k, v, out), *problem.common,
-        FOLD=problem.fold, **problem.at(tile),
+        *problem.packed, FOLD=problem.fold, **problem.at(tile),
     )  # fmt: skip
-    return out, lse
+    return lse
 
 
 def attention_bwd(
@@ -221,10 +233,11 @@ def attention_bwd(
     dout = dout if dout.stride(3) == 1 else dout.contiguous()
     problem.constexprs["WIDE"] |= dout.stride(2) >= WIDE_STRIDE
     dq, dk, dv, dbias, dsinks = (q.new_empty((0,), dtype=torch.float32) for _ in range(5))
-    delta = _delta(problem, dout, dlse, out)
+    delta = launch_delta(problem, dout, dlse, out)
     rows = lse.contiguous(), delta
     if need_dkv:
-        dk, dv = _dkdv(problem, dout, rows, heads_last)
+        dk, dv = result(k, problem.width, heads_last), result(v, problem.v_width, heads_last)
+        launch_dkdv(problem, dout, rows, dk, dv)
     along = False
     if need_dbias and bias is not None:
         shared = shared_along(bias)
@@ -235,21 +248,13 @@ def attention_bwd(
             dbias = bias_gradient(problem, dout, rows, bias, shared)
     if need_dq:
         dq = result(q, problem.width, heads_last)
-        tile = problem.launch.dq
-        programs = triton.cdiv(problem.queries, tile.block_m) * problem.batch * problem.heads
-        attention_dq_kernel[(programs,)](
-            q, k, v, dout, *rows, dq, dbias if along else q, *strides(q, k, v, dout, dq),
-            scale, *problem.common, SCALE=problem.scale_constexpr, DBIAS=along, **problem.at(tile),
-        )  # fmt: skip
+        launch_dq(problem, dout, rows, dq, dbias if along else None)
     if need_dsinks and sinks is not None:
-        dsinks = torch.empty_like(sinks)
-        attention_dsinks_kernel[(problem.heads,)](
-            sinks, *rows, dsinks, problem.batch, problem.heads, problem.queries, BLOCK=512
-        )
+        dsinks = launch_dsinks(problem, sinks, rows)
     return dq, dk, dv, dbias, dsinks
 
 
-def _delta(
+def launch_delta(
     problem: Problem, dout: torch.Tensor, dlse: torch.Tensor | None, out: torch.Tensor
 ) -> torch.Tensor:
     delta = dout.new_empty(dout.shape[:3], dtype=problem.acc)
@@ -263,18 +268,37 @@ def _delta(
     return delta
 
 
-def _dkdv(
-    problem: Problem, dout: torch.Tensor, rows: tuple[torch.Tensor, torch.Tensor], heads_last: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
+def launch_dkdv(
+    problem: Problem, dout: torch.Tensor, rows: tuple[torch.Tensor, torch.Tensor],
+    dk: torch.Tensor, dv: torch.Tensor,
+) -> None:  # fmt: skip
     q, k, v, tile = problem.q, problem.k, problem.v, problem.launch.dkdv
-    dk = result(k, problem.width, heads_last)
-    dv = result(v, problem.v_width, heads_last)
-    programs = triton.cdiv(problem.keys, tile.block_n) * problem.batch * problem.kv_heads
-    attention_dkdv_kernel[(programs,)](
+    attention_dkdv_kernel[(problem.programs(tile.block_n, keys=True),)](
         q, k, v, dout, *rows, dk, dv, *strides(q, k, v, dout, dk, dv), problem.scale,
-        *problem.common, SCALE=problem.scale_constexpr, **problem.at(tile),
+        *problem.common, *problem.packed, SCALE=problem.scale_constexpr, **problem.at(tile),
     )  # fmt: skip
-    return dk, dv
+
+
+def launch_dq(
+    problem: Problem, dout: torch.Tensor, rows: tuple[torch.Tensor, torch.Tensor],
+    dq: torch.Tensor, dbias: torch.Tensor | None,
+) -> None:  # fmt: skip
+    q, k, v, tile = problem.q, problem.k, problem.v, problem.launch.dq
+    attention_dq_kernel[(problem.programs(tile.block_m),)](
+        q, k, v, dout, *rows, dq, or_placeholder(dbias, q), *strides(q, k, v, dout, dq),
+        problem.scale, *problem.common, *problem.packed, SCALE=problem.scale_constexpr,
+        DBIAS=dbias is not None, **problem.at(tile),
+    )  # fmt: skip
+
+
+def launch_dsinks(
+    problem: Problem, sinks: torch.Tensor, rows: tuple[torch.Tensor, torch.Tensor]
+) -> torch.Tensor:
+    dsinks = torch.empty_like(sinks)
+    attention_dsinks_kernel[(problem.heads,)](
+        sinks, *rows, dsinks, problem.batch, problem.heads, problem.queries, BLOCK=512
+    )
+    return dsinks
 
 
 _FULL = MASK.value | BIAS.value | RIGHT.value

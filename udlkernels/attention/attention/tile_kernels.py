@@ -189,6 +189,52 @@ def key_length(lengths_ptr, b, keys, MODE: tl.constexpr):
 
 
 @triton.jit
+def tile_count(rows, cu_ptr, samples, BLOCK: tl.constexpr):
+    """How many tiles a head has; packed sequences leave up to one each unused."""
+    if cu_ptr is None:
+        return tl.cdiv(rows, BLOCK)
+    else:
+        return rows // BLOCK + samples + 1
+
+
+@triton.jit
+def placed(
+    tile, unit, own, other, heads, cu_own_ptr, cu_other_ptr, samples, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Where a tile of queries (or keys) lies, whose rows are `own` and meet `other` rows.
+
+    Gives the sample (in memory, and of its slopes) and head, the tile's first row, and start and
+    count of the sample's own and other rows. Packed sequences have number floor(start / BLOCK) + b
+    for their first tile, which leaves room for all and grows with b: the owner of a tile is found
+    by counting. Rows behind the last sequence are one more of them, which meets nothing.
+    """
+    if cu_own_ptr is None:
+        zero = unit * 0
+        return unit // heads, unit // heads, unit % heads, tile * BLOCK, zero, own, zero, other
+    else:
+        b = tl.program_id(0) * 0 - 1
+        for n in range(tl.cdiv(samples + 1, 128)):
+            s = n * 128 + tl.arange(0, 128)
+            start = tl.load(cu_own_ptr + s, mask=s <= samples, other=0)
+            b += tl.sum(((s <= samples) & (start // BLOCK + s <= tile)).to(tl.int32), 0)
+        b = tl.maximum(b, 0)
+        within = b < samples
+        start = _bounded(tl.load(cu_own_ptr + b), 0, own)
+        last = tl.load(cu_own_ptr + b + 1, mask=within, other=own)
+        count = (_bounded(last, start, own) - start).to(tl.int32)
+        first = (tile - (start // BLOCK + b)).to(tl.int32) * BLOCK
+        other_start = _bounded(tl.load(cu_other_ptr + b), 0, other)
+        last = tl.load(cu_other_ptr + b + 1, mask=within, other=0)
+        met = (_bounded(last, other_start, other) - other_start).to(tl.int32)
+        return unit * 0, b, unit, first, start, count, other_start, tl.where(within, met, 0)
+
+
+@triton.jit
+def _bounded(x, low, high):
+    return tl.maximum(tl.minimum(x, high), low)
+
+
+@triton.jit
 def _blocks(low, high, full_low, full_high, BLOCK: tl.constexpr):
     """Block starts: all of [low, high) lies in begin to end, what needs no mask in between."""
     begin = low // BLOCK * BLOCK
@@ -322,18 +368,25 @@ class Problem:
         ranges: torch.Tensor | None, block_mask: torch.Tensor | None, block_size: int, offset: int,
         left: int, right: int, scale: float, softcap: float, dropout_p: float,
         seed: torch.Tensor | None,
+        cu_seqlens: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> None:  # fmt: skip
+        """cu_seqlens: of q and k, where they are one sample that holds packed sequences."""
         self.batch, self.heads, self.queries, self.width = q.shape
         self.kv_heads, self.keys, self.v_width = k.shape[1], k.shape[2], v.shape[3]
         self.q, self.k, self.v, self.scale = q, k, v, scale
         self.double = q.dtype == torch.float64
         self.acc = torch.float64 if self.double else torch.float32
+        # Distances j - i - offset reach from 1 - queries - offset to keys - 1 - offset.
+        behind, ahead = self.queries - 1 + offset, self.keys - 1 - offset
+        self.packed: tuple[Any, Any, int] = (None, None, 0)
+        if cu_seqlens is not None:  # whose offsets and lengths only the device knows
+            behind = ahead = self.queries + self.keys
+            self.packed = (*cu_seqlens, len(cu_seqlens[0]) - 1)
         given = (
             (MASK, mask is not None), (BIAS, bias is not None), (ALIBI, alibi_slopes is not None),
             (SOFTCAP, softcap > 0.0), (LENGTHS, key_lengths is not None),
             (SINKS, sinks is not None), (RANGES, ranges is not None),
-            # Distances j - i - offset reach from 1 - queries - offset to keys - 1 - offset.
-            (LEFT, left < self.queries - 1 + offset), (RIGHT, right < self.keys - 1 - offset),
+            (LEFT, left < behind), (RIGHT, right < ahead),
         )  # fmt: skip
         self.mode = sum(bit.value for bit, has in given if has)
         drops = dropout_p > 0.0 and seed is not None
@@ -375,6 +428,13 @@ class Problem:
             WIDE=largest >= WIDE_STRIDE,
         )  # fmt: skip
 
+    def programs(self, block: int, keys: bool = False) -> int:
+        """Tiles of `block` queries of all heads, or of `block` keys of all KV heads."""
+        rows, heads = (self.keys, self.kv_heads) if keys else (self.queries, self.heads)
+        if self.packed[0] is None:
+            return triton.cdiv(rows, block) * self.batch * heads
+        return (rows // block + self.packed[2] + 1) * heads  # as tile_count
+
     def at(self, tile: Tile) -> dict[str, Any]:
         """Keyword arguments of a launch with this tile."""
         return dict(
@@ -414,13 +474,13 @@ _OWN_TYPE = (
 # Arguments that index arithmetic never multiplies into a pointer, or of a load that stays narrow.
 PLAIN = [
     "heads", "group", "offset", "left", "right", "ranges_b", "blocks_b", "blocks_h", "blocks_t",
-    "blocks_s", "block_size",
+    "blocks_s", "block_size", "samples",
 ]  # fmt: skip
 
 
 def entry(
     fn: Any, label: str, dtype: str, width: int, tile: Tile, mode: int, drop: bool = False,
-    plain: list[str] = PLAIN, **special: Any,
+    plain: list[str] = PLAIN, packed: bool = False, **special: Any,
 ) -> Entry:  # fmt: skip
     """One launch of `fn` with heads of this width; `plain`: its do_not_specialize."""
     known: dict[str, Any] = dict(
@@ -429,6 +489,8 @@ def entry(
         BLOCK_D=padded(width), BLOCK_DV=padded(width), WIDE=False, BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n, mask_s=1, bias_s=1, **special,
     )  # fmt: skip
+    if not packed:
+        known |= dict(cu_q_ptr=None, cu_k_ptr=None)
     constexprs = {name: known[name] for name in fn.arg_names if name in known}
     signature = {}
     for name in fn.arg_names:
