@@ -25,6 +25,11 @@ DROP_IN = [name for name in OPS if inspect.isfunction(getattr(torch.nn.functiona
 IN_PLACE = {"attention_decode_append"}
 # What the constructors of modules are given.
 ARGUMENTS = dict(num_features=4, num_channels=4, num_groups=2, normalized_shape=6, size=3)
+ARGUMENTS |= dict(embed_dim=4, d_model=4, num_heads=2, nhead=2, num_layers=2)
+ARGUMENTS |= dict(
+    encoder_layer=torch.nn.TransformerEncoderLayer(4, 2, 8, batch_first=True),
+    decoder_layer=torch.nn.TransformerDecoderLayer(4, 2, 8, batch_first=True),
+)
 
 
 def _package(op: str) -> str:

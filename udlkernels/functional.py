@@ -3,6 +3,7 @@
 from udlkernels.attention.attention.op import attention, scaled_dot_product_attention
 from udlkernels.attention.attention_decode.op import attention_decode
 from udlkernels.attention.attention_varlen.op import attention_varlen
+from udlkernels.attention.multi_head_attention_forward.op import multi_head_attention_forward
 from udlkernels.normalization.act_norm.op import act_norm
 from udlkernels.normalization.adaptive_layer_norm.op import adaptive_layer_norm
 from udlkernels.normalization.batch_norm.op import batch_norm, batch_norm_act
@@ -31,6 +32,7 @@ __all__ = [
     "instance_norm",
     "layer_norm",
     "local_response_norm",
+    "multi_head_attention_forward",
     "pixel_norm",
     "rms_norm",
     "scaled_dot_product_attention",

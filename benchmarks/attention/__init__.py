@@ -14,6 +14,8 @@ CASES = (
     Case("scaled_dot_product_attention", "backward", _FP32, goal=2.7, share=0.85),
     Case("scaled_dot_product_attention", "backward", _BF16, goal=3.0, share=0.60),
     Case("attention", "step", _FP32, goal=2.0),
+    Case("multi_head_attention_forward", "step", _FP32),
+    Case("multi_head_attention_forward", "step", _BF16),
 )
 
 OVERHEAD_CASES = (

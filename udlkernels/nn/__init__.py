@@ -25,7 +25,15 @@ from udlkernels.nn.instance_norm import (
     LazyInstanceNorm3d,
 )
 from udlkernels.nn.local_response_norm import LocalResponseNorm
+from udlkernels.nn.multihead_attention import MultiheadAttention
 from udlkernels.nn.row_norm import LayerNorm, RMSNorm
+from udlkernels.nn.transformer import (
+    Transformer,
+    TransformerDecoder,
+    TransformerDecoderLayer,
+    TransformerEncoder,
+    TransformerEncoderLayer,
+)
 
 __all__ = [
     "ActNorm",
@@ -44,6 +52,12 @@ __all__ = [
     "LazyInstanceNorm2d",
     "LazyInstanceNorm3d",
     "LocalResponseNorm",
+    "MultiheadAttention",
     "RMSNorm",
     "SyncBatchNorm",
+    "Transformer",
+    "TransformerDecoder",
+    "TransformerDecoderLayer",
+    "TransformerEncoder",
+    "TransformerEncoderLayer",
 ]

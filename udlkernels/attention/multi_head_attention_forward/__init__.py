@@ -1,0 +1,1 @@
+"""multi_head_attention_forward; it runs on the kernels of attention."""
