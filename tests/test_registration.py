@@ -167,11 +167,11 @@ def test_every_registered_schema_is_a_folders():
 
 
 @pytest.mark.parametrize(("package", "schema"), SCHEMAS)
-def test_schema_has_a_fake_and_is_functional(package, schema):
+def test_schema_has_a_fake_and_is_functional_unless_its_name_says_otherwise(package, schema):
     entry = torch._library.simple_registry.singleton.find(f"udlkernels::{schema}")
     assert entry.fake_impl.kernel is not None
     mutable = getattr(torch.ops.udlkernels, schema).default._schema.is_mutable
-    assert mutable == (schema in IN_PLACE)
+    assert mutable == (schema in IN_PLACE or schema.endswith("_"))
 
 
 @pytest.mark.skipif(bool(_library.extension_error), reason="the C++ kernels are not built")

@@ -1,9 +1,12 @@
 """Drop-in functions with torch.nn.functional's names and signatures, and the fused ones beside."""
 
+from udlkernels.attention.apply_rotary.op import apply_rotary
 from udlkernels.attention.attention.op import attention, scaled_dot_product_attention
 from udlkernels.attention.attention_decode.op import attention_decode
 from udlkernels.attention.attention_varlen.op import attention_varlen
 from udlkernels.attention.multi_head_attention_forward.op import multi_head_attention_forward
+from udlkernels.attention.merge_lse.op import merge_lse
+from udlkernels.attention.relative_position_bias.op import relative_position_bias
 from udlkernels.normalization.act_norm.op import act_norm
 from udlkernels.normalization.adaptive_layer_norm.op import adaptive_layer_norm
 from udlkernels.normalization.batch_norm.op import batch_norm, batch_norm_act
@@ -22,6 +25,7 @@ __all__ = [
     "adaptive_layer_norm",
     "add_layer_norm",
     "add_rms_norm",
+    "apply_rotary",
     "attention",
     "attention_decode",
     "attention_varlen",
@@ -33,7 +37,9 @@ __all__ = [
     "layer_norm",
     "local_response_norm",
     "multi_head_attention_forward",
+    "merge_lse",
     "pixel_norm",
+    "relative_position_bias",
     "rms_norm",
     "scaled_dot_product_attention",
     "spectral_norm",
