@@ -4,8 +4,8 @@ from udlkernels.attention.apply_rotary.op import apply_rotary
 from udlkernels.attention.attention.op import attention, scaled_dot_product_attention
 from udlkernels.attention.attention_decode.op import attention_decode
 from udlkernels.attention.attention_varlen.op import attention_varlen
-from udlkernels.attention.multi_head_attention_forward.op import multi_head_attention_forward
 from udlkernels.attention.merge_lse.op import merge_lse
+from udlkernels.attention.multi_head_attention_forward.op import multi_head_attention_forward
 from udlkernels.attention.relative_position_bias.op import relative_position_bias
 from udlkernels.normalization.act_norm.op import act_norm
 from udlkernels.normalization.adaptive_layer_norm.op import adaptive_layer_norm
@@ -36,8 +36,8 @@ __all__ = [
     "instance_norm",
     "layer_norm",
     "local_response_norm",
-    "multi_head_attention_forward",
     "merge_lse",
+    "multi_head_attention_forward",
     "pixel_norm",
     "relative_position_bias",
     "rms_norm",
