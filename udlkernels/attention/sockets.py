@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -10,8 +11,8 @@ from udlkernels._errors import ArgumentError
 from udlkernels._library import ready
 from udlkernels.attention.attention.op import BWD, FWD
 from udlkernels.attention.attention.reference import NO_LIMIT, default_scale
+from udlkernels.attention.transformers_socket import NAME, register_transformers
 
-NAME = "udlkernels"
 _OP = "_scaled_dot_product_flash_attention_for_cpu"
 
 
@@ -23,6 +24,8 @@ def register() -> None:
     fused kernel (four dimensions, no dropout, no gradient to the mask) runs on ours, forward and
     backward, eager and compiled. `torch.nn.attention.restore_flash_attention_impl()` undoes it.
 
+    Where transformers is imported already, this is `register_transformers` too.
+
     Raises:
         ArgumentError: the C++ kernels are not there.
     """
@@ -31,6 +34,8 @@ def register() -> None:
     if not ready.cpu:
         raise ArgumentError("register", "extension", "the C++ kernels", "none (see doctor)")
     register_flash_attention_impl(NAME, register_fn=_Active)
+    if "transformers" in sys.modules:
+        register_transformers()
 
 
 class _Active:

@@ -18,6 +18,8 @@ _OPTIONAL = {
     "matplotlib": ("pictures of benchmarks and models", "bench"),
     "pytest_benchmark": ("pytest benchmarks", "bench"),
     "mnist1d": ("the data of the MNIST-1D models", "models"),
+    "tokenizers": ("the text models", "models"),
+    "transformers": ("attention for its models", "interop"),
 }
 
 
