@@ -1,6 +1,7 @@
 """Drop-in functions with torch.nn.functional's names and signatures, and the fused ones beside."""
 
 from udlkernels.attention.attention.op import attention, scaled_dot_product_attention
+from udlkernels.attention.linear_attention.op import linear_attention
 from udlkernels.normalization.act_norm.op import act_norm
 from udlkernels.normalization.adaptive_layer_norm.op import adaptive_layer_norm
 from udlkernels.normalization.batch_norm.op import batch_norm, batch_norm_act
@@ -26,6 +27,7 @@ __all__ = [
     "group_norm_act",
     "instance_norm",
     "layer_norm",
+    "linear_attention",
     "local_response_norm",
     "pixel_norm",
     "rms_norm",

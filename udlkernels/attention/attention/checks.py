@@ -37,33 +37,35 @@ def fits(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads_last: bool) ->
     )
 
 
-def check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads_last: bool) -> None:
+def check_tensors(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads_last: bool, op: str = OP
+) -> None:
     """Raises with the words for what `fits` found."""
     order = "[B, T, H, D]" if heads_last else "[B, H, T, D]"
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor.dim() != 4:
-            raise ArgumentError(OP, name, f"4 dimensions {order}", describe(tensor))
+            raise ArgumentError(op, name, f"4 dimensions {order}", describe(tensor))
     if not q.dtype.is_floating_point:
-        raise ArgumentError(OP, "q", "a floating point tensor", q.dtype)
+        raise ArgumentError(op, "q", "a floating point tensor", q.dtype)
     for name, tensor in (("k", k), ("v", v)):
         if tensor.dtype != q.dtype:
-            raise ArgumentError(OP, name, f"{q.dtype} (q's type)", tensor.dtype)
+            raise ArgumentError(op, name, f"{q.dtype} (q's type)", tensor.dtype)
         if tensor.device != q.device:
-            raise ArgumentError(OP, name, f"a tensor on {q.device} (q's device)", tensor.device)
+            raise ArgumentError(op, name, f"a tensor on {q.device} (q's device)", tensor.device)
     heads_at, rows_at = (2, 1) if heads_last else (1, 2)
     for name, tensor in (("k", k), ("v", v)):
         if tensor.shape[0] != q.shape[0]:
             wanted = f"a batch of {q.shape[0]} (q's), {order}"
-            raise ArgumentError(OP, name, wanted, list(tensor.shape))
+            raise ArgumentError(op, name, wanted, list(tensor.shape))
     if k.shape[3] != q.shape[3]:
-        raise ArgumentError(OP, "k", f"width {q.shape[3]} (q's), {order}", list(k.shape))
+        raise ArgumentError(op, "k", f"width {q.shape[3]} (q's), {order}", list(k.shape))
     heads, kv_heads = q.shape[heads_at], k.shape[heads_at]
     if kv_heads == 0 or heads % kv_heads:
         wanted = f"heads that divide q's {heads}, {order}"
-        raise ArgumentError(OP, "k", wanted, list(k.shape))
+        raise ArgumentError(op, "k", wanted, list(k.shape))
     if v.shape[heads_at] != kv_heads or v.shape[rows_at] != k.shape[rows_at]:
         wanted = f"{kv_heads} heads of {k.shape[rows_at]} rows (k's), {order}"
-        raise ArgumentError(OP, "v", wanted, list(v.shape))
+        raise ArgumentError(op, "v", wanted, list(v.shape))
 
 
 def check_options(
