@@ -37,8 +37,8 @@ def linear_attention(
         q: [B, H, T, D], float32, float64, bfloat16 or float16.
         k: [B, Hkv, S, D] of q's type; Hkv divides H, and H / Hkv query heads in a row share a head.
         v: [B, Hkv, S, Dv] of q's type.
-        feature_map: "elu_plus_one", which is elu(x) + 1, "relu" or "identity"; or a function that is
-            called with q and with k, may change their width, and is differentiated by autograd.
+        feature_map: "elu_plus_one", which is elu(x) + 1, "relu" or "identity"; or a function that
+            is called with q and with k, may change their width, and is differentiated by autograd.
         causal: query i sees no key beyond i; T and S must be equal.
         state: (kv [B, Hkv, D, Dv], z [B, Hkv, D]), S_0 and z_0, what earlier keys summed to, in
             float32 (float64 for float64); both have gradients. None for zeros.
@@ -47,8 +47,8 @@ def linear_attention(
         implementation: "auto", "kernel" or "reference"; PyTorch has no such op.
 
     Returns:
-        [B, H, T, Dv], contiguous, of q's type; with return_state (out, (kv, z)), the state typed and
-        shaped as `state`. Where a row's denominator is exactly 0, the row is 0 and has no gradient.
+        [B, H, T, Dv], contiguous, of q's type; with return_state (out, (kv, z)), the state typed
+        and shaped as `state`. Where a denominator is exactly 0, the row is 0, and so its gradients.
 
     Raises:
         ArgumentError: shapes, types or devices that do not fit, T other than S with `causal`, an
