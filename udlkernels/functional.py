@@ -7,6 +7,7 @@ from udlkernels.attention.attention_varlen.op import attention_varlen
 from udlkernels.attention.merge_lse.op import merge_lse
 from udlkernels.attention.multi_head_attention_forward.op import multi_head_attention_forward
 from udlkernels.attention.relative_position_bias.op import relative_position_bias
+from udlkernels.attention.linear_attention.op import linear_attention
 from udlkernels.normalization.act_norm.op import act_norm
 from udlkernels.normalization.adaptive_layer_norm.op import adaptive_layer_norm
 from udlkernels.normalization.batch_norm.op import batch_norm, batch_norm_act
@@ -35,6 +36,7 @@ __all__ = [
     "group_norm_act",
     "instance_norm",
     "layer_norm",
+    "linear_attention",
     "local_response_norm",
     "merge_lse",
     "multi_head_attention_forward",
