@@ -4,10 +4,10 @@ from udlkernels.attention.apply_rotary.op import apply_rotary
 from udlkernels.attention.attention.op import attention, scaled_dot_product_attention
 from udlkernels.attention.attention_decode.op import attention_decode
 from udlkernels.attention.attention_varlen.op import attention_varlen
+from udlkernels.attention.linear_attention.op import linear_attention
 from udlkernels.attention.merge_lse.op import merge_lse
 from udlkernels.attention.multi_head_attention_forward.op import multi_head_attention_forward
 from udlkernels.attention.relative_position_bias.op import relative_position_bias
-from udlkernels.attention.linear_attention.op import linear_attention
 from udlkernels.normalization.act_norm.op import act_norm
 from udlkernels.normalization.adaptive_layer_norm.op import adaptive_layer_norm
 from udlkernels.normalization.batch_norm.op import batch_norm, batch_norm_act
