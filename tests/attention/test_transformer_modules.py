@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import itertools
 import math
 import pickle
@@ -97,6 +98,10 @@ def _causal(length, kind="bool"):
 
 def _layer(**options):
     return nn.TransformerEncoderLayer(WIDTH, HEADS, HIDDEN, 0.0, batch_first=True, **options)
+
+
+def _decoder_layer():
+    return nn.TransformerDecoderLayer(WIDTH, HEADS, HIDDEN, 0.0, batch_first=True)
 
 
 # MultiheadAttention
@@ -391,6 +396,27 @@ def test_accelerate_and_restore():
     assert called.names & NATIVE
 
 
+def _note(seen, module, args, options):
+    seen.append(options["is_causal"])
+
+
+@pytest.mark.parametrize("kind", ["bool", "float"])
+def test_only_the_causal_mask_counts_as_one(kind):
+    """Without a hint the encoder and the decoder look at the mask."""
+    causal = _causal(LENGTH, kind)
+    others = causal.roll(1, 1), causal.T.contiguous(), causal[None].expand(BATCH * HEADS, -1, -1)
+    for mask in (causal, *others):
+        seen = []
+        for model, x in (
+            (nn.TransformerEncoder(_layer(), 1), (_rows(LENGTH),)),
+            (nn.TransformerDecoder(_decoder_layer(), 1), (_rows(LENGTH), _rows(MEMORY))),
+        ):
+            attention = model.layers[0].self_attn
+            attention.register_forward_pre_hook(functools.partial(_note, seen), with_kwargs=True)
+            model(*x, mask)
+        assert seen == [mask is causal] * 2
+
+
 def test_implementation_reaches_the_modules_inside():
     model = nn.TransformerEncoder(_layer(), 2, nn.LayerNorm(WIDTH)).eval()
     x = _rows(LENGTH)
@@ -459,8 +485,7 @@ def test_autocast():
 
 def test_padded_memory_leaves_no_trace():
     """NaN in the memory's padding: neither in the results nor in any gradient."""
-    layer = nn.TransformerDecoderLayer(WIDTH, HEADS, HIDDEN, 0.0, batch_first=True)
-    model = nn.TransformerDecoder(layer, 2, nn.LayerNorm(WIDTH))
+    model = nn.TransformerDecoder(_decoder_layer(), 2, nn.LayerNorm(WIDTH))
     padding, results = _padding(MEMORY), []
     for filler in (0.0, math.nan):
         memory = _rows(MEMORY, seed=1).masked_fill(padding[..., None], filler).requires_grad_()
@@ -469,13 +494,3 @@ def test_padded_memory_leaves_no_trace():
         results.append((out, *found))
     for clean, dirty in zip(*results, strict=True):
         assert torch.equal(clean, dirty) and dirty.isfinite().all()
-
-
-def test_state_of_old_checkpoints():
-    """torch fills in what modules pickled by old versions lack; ours too."""
-    layer = _layer()
-    state = layer.__getstate__() if hasattr(layer, "__getstate__") else layer.__dict__
-    state = {name: value for name, value in dict(state).items() if name != "activation"}
-    fresh = nn.TransformerEncoderLayer.__new__(nn.TransformerEncoderLayer)
-    fresh.__setstate__(state)
-    assert fresh.activation is torch.nn.functional.relu
