@@ -1,6 +1,7 @@
 """Drop-in functions with torch.nn.functional's names and signatures, and the fused ones beside."""
 
 from udlkernels.attention.attention.op import attention, scaled_dot_product_attention
+from udlkernels.attention.block_sparse_attention.op import block_sparse_attention
 from udlkernels.normalization.act_norm.op import act_norm
 from udlkernels.normalization.adaptive_layer_norm.op import adaptive_layer_norm
 from udlkernels.normalization.batch_norm.op import batch_norm, batch_norm_act
@@ -22,6 +23,7 @@ __all__ = [
     "attention",
     "batch_norm",
     "batch_norm_act",
+    "block_sparse_attention",
     "group_norm",
     "group_norm_act",
     "instance_norm",
