@@ -4,6 +4,7 @@ from udlkernels.attention.apply_rotary.op import apply_rotary
 from udlkernels.attention.attention.op import attention, scaled_dot_product_attention
 from udlkernels.attention.attention_decode.op import attention_decode
 from udlkernels.attention.attention_varlen.op import attention_varlen
+from udlkernels.attention.block_sparse_attention.op import block_sparse_attention
 from udlkernels.attention.linear_attention.op import linear_attention
 from udlkernels.attention.merge_lse.op import merge_lse
 from udlkernels.attention.multi_head_attention_forward.op import multi_head_attention_forward
@@ -32,6 +33,7 @@ __all__ = [
     "attention_varlen",
     "batch_norm",
     "batch_norm_act",
+    "block_sparse_attention",
     "group_norm",
     "group_norm_act",
     "instance_norm",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,7 +12,8 @@ from udlkernels import _dispatch, _library
 from udlkernels._dispatch import choose, describe, kernel_ready, kernel_reasons, needs_grad
 from udlkernels._errors import ArgumentError
 from udlkernels._philox import draw_seed
-from udlkernels.attention.attention import checks, reference, sdpa
+from udlkernels.attention.attention import checks, flex, reference, sdpa
+from udlkernels.attention.attention.modifiers_fold import fold
 from udlkernels.attention.attention.reference import NO_LIMIT, default_scale, limits
 
 _AUTOCAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -30,6 +32,8 @@ def attention(
     alibi_slopes: torch.Tensor | None = None,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
+    score_mod: Callable[..., torch.Tensor] | None = None,
+    mask_mod: Callable[..., torch.Tensor] | None = None,
     scale: float | None = None,
     dropout_p: float = 0.0,
     seed: torch.Tensor | None = None,
@@ -40,10 +44,15 @@ def attention(
     r"""Attention, with every usual change of its scores, in memory linear in the length.
 
     .. math:: o_i = \sum_j \frac{e^{s_{ij}}}{e^{\text{sink}_h} + \sum_l e^{s_{il}}} v_j, \qquad
-        s_{ij} = \text{cap}(\text{scale}\, q_i \cdot k_j) - \text{slope}_h |j - i - \delta| + b_{ij}
+        s_{ij} = \text{cap}(\text{mod}(\text{scale}\, q_i \cdot k_j))
+        - \text{slope}_h |j - i - \delta| + b_{ij}
 
-    over the keys j that query i sees, with cap(x) = softcap tanh(x / softcap). The diagonal of
-    query i is key i + delta: delta is S - T where causal is "bottom_right", else 0.
+    over the keys j that query i sees, with cap(x) = softcap tanh(x / softcap) and mod the
+    score_mod. The diagonal of query i is key i + delta: delta is S - T where causal is
+    "bottom_right", else 0.
+
+    What `udlkernels.attention.modifiers` makes runs on the kernels as the options that say the
+    same; other functions run on PyTorch's flex_attention on a GPU, else in the formula.
 
     Args:
         q: [B, H, T, D], float32, float64, bfloat16 or float16; D up to 512 for the kernels.
@@ -60,13 +69,18 @@ def attention(
         alibi_slopes: [H] or [B, H]; its gradient only with the formula.
         softcap: bound of the scores before slopes and bias; None or 0 for none.
         sinks: [H], one more logit for each row, which joins the denominator only; has a gradient.
+        score_mod: score_mod(score, b, h, q_idx, kv_idx) -> score, as flex_attention's, of the
+            scaled product, before softcap, slopes and bias; the formula gives its tensors
+            gradients.
+        mask_mod: mask_mod(b, h, q_idx, kv_idx) -> bool, as flex_attention's: True where a query
+            sees a key, beside all other rules.
         scale: factor of the products; None for 1 / sqrt(D).
         dropout_p: probability with which a weight is dropped. Callers pass 0 in evaluation.
         seed: int64, one value, on q's device; None draws one from torch's generator. The mask is a
             function of the seed and a weight's place alone, not PyTorch's mask.
         layout: "bhtd", or "bthd" for q [B, T, H, D], k [B, S, Hkv, D], v [B, S, Hkv, Dv].
         return_lse: also return the logarithm of each row's denominator; it has a gradient.
-        implementation: "auto", "kernel" or "reference"; PyTorch has no such op.
+        implementation: "auto", "kernel", "reference", or "torch" with score_mod or mask_mod.
 
     Returns:
         [B, H, T, Dv] in the layout of q, contiguous, of q's type; with return_lse also the natural
@@ -76,7 +90,8 @@ def attention(
     Raises:
         ArgumentError: shapes, types or devices that do not fit, an unknown causal or layout, a
             negative window, a mask or bias that does not broadcast, key lengths below 0 or above S
-            (looked at on the CPU only), dropout_p outside [0, 1], a seed that is not one int64.
+            (looked at on the CPU only), dropout_p outside [0, 1], a seed that is not one int64,
+        tensors of a modifier that do not fit.
 
     Numerical error: products, softmax and sums in float32 (float64 for float64), around the row's
     largest score so far; what a query does not see is never multiplied, be it NaN. The backward
@@ -105,36 +120,57 @@ def attention(
         )  # fmt: skip
         if dropout_p > 0.0 and seed is None:
             seed = draw_seed(q)
-    args = (
-        *limits(causal, window, q.shape[2], k.shape[2]),
-        default_scale(q) if scale is None else scale, softcap or 0.0, dropout_p,
-    )  # fmt: skip
+    bounds = limits(causal, window, q.shape[2], k.shape[2])
+    factor = default_scale(q) if scale is None else scale
+    folded = None
+    if score_mod is not None or mask_mod is not None:
+        folded = fold(
+            q, k, score_mod, mask_mod, mask, key_lengths, alibi_slopes, bounds, softcap or 0.0
+        )
+    slopes = alibi_slopes if folded is None else folded.alibi_slopes
     if not (
         implementation in ("auto", "kernel")
         and kernel_ready(q, k, v, bias, sinks)
         and sdpa.kernel_takes(k, v)
-        and not needs_grad(alibi_slopes)
+        and not needs_grad(slopes)
+        and (folded is None or not folded.reasons)
     ):
         reasons = kernel_reasons(q, k, v, bias, sinks) + sdpa.kernel_takes_not(k, v)
-        if needs_grad(alibi_slopes):
+        torch_reasons = ["PyTorch has no such op"]
+        if needs_grad(slopes):
             reasons.append("alibi_slopes needs a gradient")
+        if folded is not None:
+            reasons += folded.reasons
+            torch_reasons = flex.reasons(q, k, v, mask, bias, sinks, dropout_p)
         choice = choose(
             "attention",
             implementation,
             reasons,
-            fallback="reference",
-            torch_reasons=("PyTorch has no such op",),
+            fallback="torch" if q.is_cuda else "reference",
+            torch_reasons=torch_reasons,
             inputs=describe(q, k, v),
         )
-        if choice == "reference":
-            out, lse = reference.attend(
-                q, k, v, mask, bias, key_lengths, alibi_slopes, sinks, seed, *args
-            )
-            out = out.transpose(1, 2) if heads_last else out
-            return (out, lse) if return_lse else out
+        if choice != "kernel":
+            if choice == "torch":
+                found = flex.attend(
+                    q, k, v, score_mod, mask_mod, key_lengths, alibi_slopes, *bounds, factor,
+                    softcap or 0.0,
+                )  # fmt: skip
+            else:
+                found = reference.attend(
+                    q, k, v, mask, bias, key_lengths, alibi_slopes, sinks, seed, *bounds, factor,
+                    softcap or 0.0, dropout_p, score_mod=score_mod, mask_mod=mask_mod,
+                )  # fmt: skip
+            out = found[0].transpose(1, 2) if heads_last else found[0]
+            return (out, found[1]) if return_lse else out
+    ranges = None
+    if folded is not None:
+        mask, key_lengths, ranges = folded.mask, folded.key_lengths, folded.ranges
+        bounds, softcap = folded.limits, folded.softcap
     found = _attend(
-        q, k, v, mask, bias, key_lengths, alibi_slopes, sinks, *args, seed, heads_last, return_lse
-    )
+        q, k, v, mask, bias, key_lengths, slopes, sinks, *bounds, factor, softcap or 0.0,
+        dropout_p, seed, heads_last, return_lse, ranges,
+    )  # fmt: skip
     out = found[0] if return_lse else found
     out = out.transpose(1, 2) if heads_last else out
     return (out, found[1]) if return_lse else out
@@ -372,12 +408,12 @@ class _Attention(torch.autograd.Function):
         args, block_size, heads_last = ctx.args
         wanted = ctx.needs_input_grad[:5]
         if torch.is_grad_enabled():
+            sparse = dict(ranges=ranges, block_mask=block_mask, block_size=block_size)
 
             def formula(q: Any, k: Any, v: Any, bias: Any, sinks: Any) -> Any:
                 return reference.attend(
-                    q, k, v, mask, bias, key_lengths, alibi_slopes, sinks, seed, *args,
-                    ranges, block_mask, block_size,
-                )  # fmt: skip
+                    q, k, v, mask, bias, key_lengths, alibi_slopes, sinks, seed, *args, **sparse
+                )
 
             grads = dout, dlse
             found = _dispatch.differentiate(formula, (q, k, v, bias, sinks), wanted, grads)

@@ -22,8 +22,9 @@ def attention(
     window: tuple[int | None, int | None] | None = None, mask: torch.Tensor | None = None,
     bias: torch.Tensor | None = None, key_lengths: torch.Tensor | None = None,
     alibi_slopes: torch.Tensor | None = None, softcap: float | None = None,
-    sinks: torch.Tensor | None = None, scale: float | None = None, dropout_p: float = 0.0,
-    seed: torch.Tensor | None = None, layout: str = "bhtd", return_lse: bool = False,
+    sinks: torch.Tensor | None = None, score_mod: Any = None, mask_mod: Any = None,
+    scale: float | None = None, dropout_p: float = 0.0, seed: torch.Tensor | None = None,
+    layout: str = "bhtd", return_lse: bool = False,
 ) -> Any:  # fmt: skip
     if layout == "bthd":
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
@@ -31,6 +32,7 @@ def attention(
         q, k, v, mask, bias, key_lengths, alibi_slopes, sinks, seed,
         *limits(causal, window, q.shape[2], k.shape[2]),
         default_scale(q) if scale is None else scale, softcap or 0.0, dropout_p,
+        score_mod=score_mod, mask_mod=mask_mod,
     )  # fmt: skip
     out = out.transpose(1, 2) if layout == "bthd" else out
     return (out, lse) if return_lse else out
@@ -70,7 +72,8 @@ def attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any, bias: Any, key_lengths: Any,
     alibi_slopes: Any, sinks: Any, seed: Any, offset: Any, left: int, right: int, scale: float,
     softcap: float, dropout_p: float, ranges: Any = None, block_mask: Any = None,
-    block_size: int = 0, rows: torch.Tensor | None = None,
+    block_size: int = 0, score_mod: Any = None, mask_mod: Any = None,
+    rows: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """out [B, H, T, Dv] and lse [B, H, T] of q, k, v with the heads before the rows.
 
@@ -82,6 +85,8 @@ def attend(
         group = q.shape[1] // max(k.shape[1], 1)
         k, v = (t.to(wide).repeat_interleave(group, 1) for t in (k, v))
         s = scale * _products(q, k)
+        if score_mod is not None:
+            s = over_grid(score_mod, s.shape, s.device, s).to(wide)
         if softcap > 0.0:
             s = softcap * torch.tanh(s / softcap)
         i, j = (torch.arange(n, device=q.device) for n in s.shape[2:])
@@ -92,6 +97,8 @@ def attend(
         seen = (distance >= -left) & (distance <= right)
         if key_lengths is not None:
             seen = seen & (j < key_lengths[:, None, None, None])
+        if mask_mod is not None:
+            seen = seen & over_grid(mask_mod, s.shape, s.device)
         if ranges is not None:
             low, high = ranges[:, None, :, :1], ranges[:, None, :, 1:]
             seen = seen & (j >= low) & (j < high)
@@ -111,6 +118,16 @@ def attend(
         p = logits.softmax(-1).masked_fill(empty, 0.0)[..., : s.shape[-1]]
         p = dropout(p, dropout_p, seed, max(s.shape[-1], 1), rows)
         return _weigh(p, s != -math.inf, v).to(dtype), lse
+
+
+def over_grid(function: Any, shape: Any, device: torch.device, *scores: torch.Tensor) -> Any:
+    """A score_mod of scores, or a mask_mod, at every place of [B, H, T, S]."""
+    if 0 in shape:
+        return scores[0] if scores else torch.ones(shape, dtype=torch.bool, device=device)
+    for dim in (3, 2, 1, 0):
+        places = [0 if dim == other else None for other in range(4)]
+        function = torch.vmap(function, (*(0 for _ in scores), *places))
+    return function(*scores, *(torch.arange(n, device=device) for n in shape))
 
 
 def spread_blocks(block_mask: torch.Tensor, size: int, queries: int, keys: int) -> torch.Tensor:
