@@ -78,7 +78,9 @@ class Contestant:
             grads = self.backward(outputs)
             found |= {f"grad {name}": grad for name, grad in zip(names, grads, strict=True)}
         return found | {
-            name: value.clone() for name, value in self.arguments.items() if not value.requires_grad
+            name: value.clone()
+            for name, value in self.arguments.items()
+            if value.is_floating_point() and not value.requires_grad
         }
 
 
@@ -101,6 +103,8 @@ class Copy:
 def _tensor(
     spec: Input, shape: Shape, dtype: torch.dtype, device: torch.device, generator: torch.Generator
 ) -> Tensor:
+    if spec.value is not None:
+        return spec.value().to(device)
     mean, deviation = _KINDS[spec.kind]
     value = torch.empty(spec.size).normal_(mean, deviation, generator=generator)
     value = value.to(device, spec.dtype or dtype)

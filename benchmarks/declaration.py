@@ -65,7 +65,7 @@ class Input:
 
     `kind`: "normal", "scale" (around one) or "small" (around zero), both with deviation 0.1.
     `dtype` None is the row's; `grad`: a floating input whose gradient belongs to the step;
-    `written`: the op updates it in place.
+    `written`: the op updates it in place; `value` makes the tensor instead of a draw.
     """
 
     size: tuple[int, ...]
@@ -73,6 +73,7 @@ class Input:
     grad: bool = True
     dtype: torch.dtype | None = None
     written: bool = False
+    value: Callable[[], torch.Tensor] | None = None
 
 
 @dataclass(frozen=True)

@@ -78,10 +78,18 @@ void sum_chunk(const RelativePositionBias& args, int64_t first, int64_t last, ac
     const int64_t count = least(last - p, L);
     for (int64_t h = 0; h < args.heads; h += L) {
       load_turned<T>(args, h, p, count, turned);
+      A* at = sums + index[p] * args.row + h;
+      vec_t<A> sum = load(static_cast<const A*>(at), Full{});
       for (int64_t j = 0; j < count; ++j) {
-        A* at = sums + index[p + j] * args.row + h;
-        store(at, load(at, Full{}) + load(static_cast<const T*>(turned) + j * L, Full{}), Full{});
+        A* next = sums + index[p + j] * args.row + h;
+        if (next != at) {  // T5's neighbours often share a bucket: their sum stays in a register
+          store(at, sum, Full{});
+          at = next;
+          sum = load(static_cast<const A*>(at), Full{});
+        }
+        sum += load(static_cast<const T*>(turned) + j * L, Full{});
       }
+      store(at, sum, Full{});
     }
   }
 }

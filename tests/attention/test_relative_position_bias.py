@@ -16,7 +16,7 @@ from udlkernels.attention.relative_position_bias import reference
 
 # n, H, T, S
 SHAPES = [(7, 3, 5, 6), (169, 24, 49, 49), (32, 12, 60, 81), (1, 1, 1, 1), (40, 17, 9, 300)]
-SMALL = [(7, 3, 5, 6), (40, 2, 9, 11)]
+SMALL = [(7, 3, 5, 6), (40, 2, 9, 11), (300, 2, 20, 13)]
 OPS = "relative_position_bias_fwd", "relative_position_bias_bwd"
 
 

@@ -26,9 +26,9 @@ def _apply_rotary_kernel(
     BLOCK_REST: tl.constexpr,
 ):  # fmt: skip
     """The first 2 * HALF numbers of each head turn; REST more are copied (none in place)."""
-    tiles = tl.cdiv(positions, BLOCK_T)
-    batch = tl.program_id(1).to(tl.int64)
-    first_head = tl.program_id(0) // tiles * HEADS
+    tiles, groups = tl.cdiv(positions, BLOCK_T), tl.cdiv(heads, HEADS)
+    batch = (tl.program_id(0) // tiles // groups).to(tl.int64)
+    first_head = tl.program_id(0) // tiles % groups * HEADS
     t = (tl.program_id(0) % tiles * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)[:, None]
     i = tl.arange(0, BLOCK_R)[None, :]
     mask = (t < positions) & (i < HALF)  # [BLOCK_T, BLOCK_R]
@@ -82,8 +82,8 @@ def _launch(
     half = cos.shape[-1]
     rest = 0 if out is x else width - 2 * half
     blocks = _blocks(half, rest, positions)
-    programs = triton.cdiv(positions, blocks["BLOCK_T"]) * triton.cdiv(heads, _HEADS)
-    _apply_rotary_kernel[(programs, batch)](
+    programs = batch * triton.cdiv(heads, _HEADS) * triton.cdiv(positions, blocks["BLOCK_T"])
+    _apply_rotary_kernel[(programs,)](
         x, cos, sin, out, *_strides(x, heads_last), *_strides(out, heads_last),
         *_table_strides(cos), *_table_strides(sin), heads, positions,
         HALF=half, REST=rest, INTERLEAVED=interleaved, INVERSE=inverse,

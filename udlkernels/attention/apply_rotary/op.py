@@ -194,6 +194,7 @@ class _Rotary(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Any) -> Any:
+        cos, sin = ctx.saved_tensors
         interleaved, inverse, heads_last = ctx.args
-        dx = _rotate(dy, *ctx.saved_tensors, interleaved, not inverse, heads_last)
+        dx = _rotate(dy, cos, sin, interleaved, not inverse, heads_last)
         return dx, None, None, None, None, None

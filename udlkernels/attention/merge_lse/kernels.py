@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from udlkernels._aot import Entry
+from udlkernels.attention.attention.tile_kernels import result, strides
 
 _ELEMENTS = 2048  # of a tile: 16 a thread, and two such tiles at a time
 _WIDEST = 512  # wider rows are walked in pieces
@@ -123,25 +124,15 @@ def _blocks(width: int) -> dict[str, Any]:
     return {"BLOCK_ROWS": _ELEMENTS // max(block, 16), "BLOCK_D": block, "LOOP": width > block}
 
 
-def _strides(*tensors: torch.Tensor) -> tuple[int, ...]:
-    return tuple(stride for tensor in tensors for stride in tensor.stride()[:3])
-
-
-def _result(x: torch.Tensor, heads_last: bool) -> torch.Tensor:
-    if heads_last:
-        return x.new_empty([x.shape[d] for d in (0, 2, 1, 3)]).transpose(1, 2)
-    return x.new_empty(x.shape)
-
-
 def merge_lse_fwd(
     out_a: torch.Tensor, lse_a: torch.Tensor, out_b: torch.Tensor, lse_b: torch.Tensor,
     heads_last: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     batch, heads, rows, width = out_a.shape
-    out, lse = _result(out_a, heads_last), lse_a.new_empty(lse_a.shape)
+    out, lse = result(out_a, width, heads_last), lse_a.new_empty(lse_a.shape)
     blocks, total = _blocks(width), batch * heads * rows
     _merge_lse_kernel[(triton.cdiv(total, blocks["BLOCK_ROWS"]),)](
-        out_a, out_b, lse_a, lse_b, out, lse, *_strides(out_a, out_b, lse_a, lse_b, out),
+        out_a, out_b, lse_a, lse_b, out, lse, *strides(out_a, out_b, lse_a, lse_b, out),
         heads, rows, total, width, HEADS_LAST=heads_last, **blocks, num_warps=4,
     )  # fmt: skip
     return out, lse
@@ -155,7 +146,7 @@ def merge_lse_bwd(
     batch, heads, rows, width = out_a.shape
     da, dlse_a, db, dlse_b = (out_a.new_empty((0,), dtype=torch.float32) for _ in range(4))
     if need_out:
-        da, db = _result(out_a, heads_last), _result(out_a, heads_last)
+        da, db = result(out_a, width, heads_last), result(out_a, width, heads_last)
     if need_lse:
         dlse_a, dlse_b = lse_a.new_empty(lse_a.shape), lse_a.new_empty(lse_a.shape)
     blocks, total = _blocks(width), batch * heads * rows
@@ -163,7 +154,7 @@ def merge_lse_bwd(
     like = da if need_out else dout
     _merge_lse_bwd_kernel[(triton.cdiv(total, blocks["BLOCK_ROWS"]),)](
         out_a, out_b, lse_a, lse_b, dout, given, da, db, dlse_a, dlse_b,
-        *_strides(out_a, out_b, lse_a, lse_b, dout, given, like), heads, rows, total, width,
+        *strides(out_a, out_b, lse_a, lse_b, dout, given, like), heads, rows, total, width,
         HEADS_LAST=heads_last, DLSE=dlse is not None, NEED_OUT=need_out, NEED_LSE=need_lse,
         **blocks, num_warps=4,
     )  # fmt: skip

@@ -50,7 +50,7 @@ def _sum_kernel(
     end = tl.minimum(first + chunk, positions)
     dout_at = dout_ptr + head * positions
     sums = tl.zeros([ROWS, LANES], partials_ptr.dtype.element_ty)
-    for start in range(0, chunk, LANES):
+    for start in range(0, (end - first).to(tl.int32), LANES):
         p = first + start + tl.arange(0, LANES)
         found = tl.load(index_ptr + p, mask=p < end, other=-1)
         wanted = 1
