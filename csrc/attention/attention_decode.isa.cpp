@@ -4,7 +4,7 @@
 
 #include <utility>
 
-#include "attention/attention.isa.h"
+#include "attention/attention_pairs.isa.h"
 #include "pack_order.isa.h"
 
 namespace udl::UDL_ISA {
@@ -62,12 +62,17 @@ struct Chunk {
         peak(args.rows()),
         sum(args.rows()),
         low(args.rows()),
-        high(args.rows()) {}
+        high(args.rows()),
+        pairs(kHasPairs<T> && args.rotary.cos == nullptr),
+        query_pairs(pairs ? args.rows() * row / 2 : 0) {}
   static int64_t whole_packs(int64_t n) { return (n + kPack<T> - 1) / kPack<T> * kPack<T>; }
 
   int64_t row, value_row;
   Array<A> natural, queries, scores, out, peak, sum;
   Array<int64_t> low, high;  // the keys a row sees
+  // Whether scores are sums of products of pairs: of queries as they came, not rotated.
+  bool pairs;
+  Array<uint32_t> query_pairs;
   // Rows of a block's keys and values, and of the keys of the next.
   const T *key_rows[kKeyBlock], *value_rows[kKeyBlock], *next_rows[kKeyBlock];
 };
@@ -114,6 +119,11 @@ void load_queries(const Decode& args, int64_t b, int64_t head, Chunk<T>& work) {
     const T* from = args.q.at<T>(b, h, t);
     work.natural.clear();
     for (int64_t d = 0; d < args.width; ++d) work.natural.data()[d] = load_one(from + d);
+    if (work.pairs) {
+      uint32_t* pairs = work.query_pairs.data() + r * work.row / 2;
+      std::memset(pairs, 0, static_cast<size_t>(work.row) * sizeof(T));
+      std::memcpy(pairs, from, static_cast<size_t>(args.width) * sizeof(T));
+    }
     const int64_t position = length - args.queries + t;
     if (args.rotary.cos != nullptr) rotate_row(args.rotary, position, work.natural.data());
     pack_row<T>(work.natural.data(), work.row, work.queries.data() + r * work.row);
@@ -126,6 +136,14 @@ void load_queries(const Decode& args, int64_t b, int64_t head, Chunk<T>& work) {
 }
 
 // scores[r * kKeyBlock + k] for kR queries and kK keys, whose products fill one vector.
+template <int kR, class A>
+UDL_INLINE void store_tile(vec_t<A>* sums, A factor, A* scores) {
+  constexpr int kK = kLanes<A> / kR;
+  UDL_LINES A found[kLanes<A>];
+  store(static_cast<A*>(found), sum_each<A>(sums) * factor, Full{});
+  for (int r = 0; r < kR; ++r) std::memcpy(scores + r * kKeyBlock, found + r * kK, kK * sizeof(A));
+}
+
 template <int kR, class T>
 UDL_INLINE void score_tile(const acc_t<T>* queries, int64_t row, const T* const* keys,
                            int64_t width, acc_t<T> factor, acc_t<T>* scores) {
@@ -149,10 +167,41 @@ UDL_INLINE void score_tile(const acc_t<T>* queries, int64_t row, const T* const*
   int64_t d = 0;
   for (; d + kPack<T> <= width; d += kPack<T>) step(d, Full{});
   if (d < width) step(d, Tail{static_cast<int>(width - d)});
-  UDL_LINES A found[L];
-  store(static_cast<A*>(found), sum_each<A>(static_cast<vec_t<A>*>(sums)) * factor, Full{});
-  for (int r = 0; r < kR; ++r) std::memcpy(scores + r * kKeyBlock, found + r * kK, kK * sizeof(A));
+  store_tile<kR, A>(static_cast<vec_t<A>*>(sums), factor, scores);
 }
+
+#if defined(UDL_ISA_avx512_bf16)
+UDL_INLINE u32v load_bits(const bf16* p, Full) {
+  u32v bits;
+  std::memcpy(&bits, p, sizeof(bits));
+  return bits;
+}
+UDL_INLINE u32v load_bits(const bf16* p, Tail t) {
+  return (u32v)_mm512_maskz_loadu_epi16((1u << t.n) - 1, p);
+}
+
+// The same on pairs of bfloat16 as they lie.
+template <int kR>
+UDL_INLINE void score_pairs(const uint32_t* queries, int64_t row, const bf16* const* keys,
+                            int64_t width, float factor, float* scores) {
+  constexpr int L = kLanes<float>, kK = L / kR;
+  f32v sums[L] = {};
+  const auto step = [&](int64_t d, auto part) UDL_LAMBDA {
+    u32v query[kR];
+    for (int r = 0; r < kR; ++r) query[r] = load_pairs(queries + (r * row + d) / 2);
+    for (int k = 0; k < kK; ++k) {
+      const u32v key = load_bits(keys[k] + d, part);
+      for (int r = 0; r < kR; ++r) {
+        sums[r * kK + k] = add_pairs(sums[r * kK + k], query[r], key);
+      }
+    }
+  };
+  int64_t d = 0;
+  for (; d + 2 * L <= width; d += 2 * L) step(d, Full{});
+  if (d < width) step(d, Tail{static_cast<int>(width - d)});
+  store_tile<kR, float>(static_cast<f32v*>(sums), factor, scores);
+}
+#endif
 
 // scores[r][k] for kR rows and a block of keys; behind the last key they are those of some key.
 template <int kR, class T>
@@ -165,9 +214,18 @@ void score_rows(const Decode& args, Chunk<T>& work, int64_t r0, int64_t n) {
       prefetch_row(work.value_rows[i], args.value_width);
       prefetch_row(work.next_rows[i], args.width);
     }
+    A* scores = work.scores.data() + r0 * kKeyBlock + first;
+#if defined(UDL_ISA_avx512_bf16)
+    if constexpr (kHasPairs<T>) {
+      if (work.pairs) {
+        score_pairs<kR>(work.query_pairs.data() + r0 * work.row / 2, work.row,
+                        work.key_rows + first, args.width, factor, scores);
+        continue;
+      }
+    }
+#endif
     score_tile<kR>(static_cast<const A*>(work.queries.data()) + r0 * work.row, work.row,
-                   work.key_rows + first, args.width, factor,
-                   work.scores.data() + r0 * kKeyBlock + first);
+                   work.key_rows + first, args.width, factor, scores);
   }
 }
 
