@@ -25,21 +25,25 @@ SCAN_BLOCK = 256
 
 @dataclass(frozen=True)
 class Launch:
-    """CHUNK tokens by blocks of the widths, and how a program runs."""
+    """CHUNK tokens by blocks of the widths, how a program runs, and how it multiplies."""
 
     chunk: int
     block: int
     num_warps: int
     num_stages: int
+    precision: str
 
 
-# Sizes follow from compiled code: a chunk's scores and one block of results lie in registers.
-HALF = Launch(64, 64, 4, 2)
-# Three products for one, of numbers split in two: their parts lie in the registers too.
-HALF_EXACT = Launch(64, 32, 8, 1)
+# Sizes follow from compiled code: a chunk's scores and one block of results lie in registers, and
+# nothing spills. Blocks of 64 spill 8 bytes in dv on sm_80, and those of 32 where rows are weighed.
+HALF = Launch(64, 32, 8, 2, "tf32")
+HALF_ROWS = Launch(64, 64, 8, 2, "tf32")
+# Three products for one, of numbers split in two, whose parts lie in the registers too.
+HALF_EXACT = Launch(64, 16, 8, 1, "tf32x3")
+HALF_EXACT_SUMS = Launch(64, 32, 8, 1, "tf32x3")
 # float32 has no tensor cores in full precision: products are multiply-adds from shared memory.
-SINGLE = Launch(32, 32, 8, 1)
-DOUBLE = Launch(16, 16, 4, 1)
+SINGLE = Launch(32, 16, 4, 1, "ieee")
+DOUBLE = Launch(16, 16, 4, 1, "ieee")
 # Tokens that one program sums where nothing asks what stands before each chunk.
 STATE_TOKENS = 512
 
@@ -268,32 +272,41 @@ class Problem:
             return (sums, sums[0, 0, size:]), (size + self.width, size + self.width)
         return (kv, z), (size, self.width)
 
-    def at(self, exact: bool, *without: str) -> dict[str, Any]:
+    def at(self, exact: bool, part: str = "") -> dict[str, Any]:
         """Keyword arguments of a launch; `exact` where it computes float32 results."""
-        launch = pick(self.dtype, exact)
-        given = constants(launch, self.feature_map, self.causal, self.width, self.value_width)
-        given = {name: value for name, value in given.items() if name not in without}
-        return dict(given, WIDE=self.wide, num_warps=launch.num_warps, num_stages=launch.num_stages)
+        return self._at(pick(self.dtype, exact, part)) | dict(CAUSAL=self.causal)
 
-    def blocks(self, exact: bool) -> tuple[int, int]:
-        """Into how many blocks the width and the values' width are cut."""
-        given = constants(pick(self.dtype, exact), 0, False, self.width, self.value_width)
-        return (
-            triton.cdiv(self.width, given["BLOCK_D"]),
-            triton.cdiv(self.value_width, given["BLOCK_DV"]),
-        )
+    def at_sums(self, exact: bool) -> dict[str, Any]:
+        return self._at(pick(self.dtype, exact, "sums"))
+
+    def _at(self, launch: Launch) -> dict[str, Any]:
+        found = constants(launch, self.acc, self.feature_map, self.width, self.value_width)
+        return dict(found, WIDE=self.wide, num_warps=launch.num_warps, num_stages=launch.num_stages)
 
 
-def pick(dtype: torch.dtype, exact: bool) -> Launch:
-    half = HALF_EXACT if exact else HALF
-    return {8: DOUBLE, 4: SINGLE}.get(dtype.itemsize, half)
+def blocks(given: dict[str, Any]) -> tuple[int, int]:
+    """Into how many blocks a launch cuts the width and the values' width."""
+    return (
+        triton.cdiv(given["D"], given["BLOCK_D"]),
+        triton.cdiv(given["DV"], given["BLOCK_DV"]),
+    )
 
 
-def constants(launch: Launch, feature: int, causal: bool, width: int, v_width: int) -> Any:
-    precision = {HALF: "tf32", HALF_EXACT: "tf32x3"}.get(launch, "ieee")
+def pick(dtype: torch.dtype, exact: bool, part: str = "") -> Launch:
+    """`part`: "sums" and "rows" for the kernels named so."""
+    if dtype.itemsize != 2:
+        return SINGLE if dtype.itemsize == 4 else DOUBLE
+    if exact:
+        return HALF_EXACT_SUMS if part == "sums" else HALF_EXACT
+    return HALF_ROWS if part == "rows" else HALF
+
+
+def constants(
+    launch: Launch, acc: torch.dtype, feature: int, width: int, v_width: int
+) -> dict[str, Any]:
     return dict(
-        FEATURE=feature, CAUSAL=causal, PRECISION=precision,
-        ACC=tl.float64 if launch is DOUBLE else tl.float32, D=width, DV=v_width,
+        FEATURE=feature, PRECISION=launch.precision,
+        ACC=tl.float64 if acc == torch.float64 else tl.float32, D=width, DV=v_width,
         CHUNK=launch.chunk, BLOCK_D=min(launch.block, _padded(width)),
         BLOCK_DV=min(launch.block, _padded(v_width)),
     )  # fmt: skip
@@ -304,12 +317,14 @@ _IN_FLOAT32 = ("kv_ptr", "z_ptr", "inverse_ptr", "delta_ptr", "sums_ptr")
 
 def entries(fn: Any, exact: bool = False, **special: Any) -> Iterator[Entry]:
     """Launches of `fn`, with a causal mask and without."""
-    kinds = [("bf16", HALF_EXACT)] if exact else [("bf16", HALF), ("fp32", SINGLE)]
-    for dtype, launch in kinds:
+    part = fn.__name__.split("_")[2]
+    sums = part == "sums"
+    for dtype in ("bf16",) if exact else ("bf16", "fp32"):
+        launch = pick(torch.bfloat16 if dtype == "bf16" else torch.float32, exact, part)
         for width in (64, 128):
-            for causal in (True, False) if "CAUSAL" in fn.arg_names else (True,):
-                known = constants(launch, ELU_PLUS_ONE.value, causal, width, width)
-                known |= dict(WIDE=False, **special)
+            for causal in (True,) if sums else (True, False):
+                known = constants(launch, torch.float32, ELU_PLUS_ONE.value, width, width)
+                known |= dict(WIDE=False, CAUSAL=causal, **special)
                 constexprs = {n: known[n] for n in fn.arg_names if n in known}
                 signature = {
                     name: ("*fp32" if name in _IN_FLOAT32 else f"*{dtype}")
@@ -318,11 +333,11 @@ def entries(fn: Any, exact: bool = False, **special: Any) -> Iterator[Entry]:
                     for name in fn.arg_names
                     if name not in constexprs
                 }
-                divisible = tuple(name for name in signature if name not in PLAIN)
-                name = f"{fn.__name__.removesuffix('_kernel')} {dtype} {width}"
-                name += " causal" if causal else ""
-                name += " exact" if exact else ""
+                words = [fn.__name__.removesuffix("_kernel"), dtype, str(width)]
+                words += ["causal"] * (causal and not sums) + ["exact"] * exact
+                words += ["of queries"] * special.get("WEIGHTED", False)
                 yield Entry(
-                    name, fn, signature, constexprs, divisible, launch.num_warps,
+                    " ".join(words), fn, signature, constexprs,
+                    tuple(name for name in signature if name not in PLAIN), launch.num_warps,
                     launch.num_stages, TARGETS,
                 )  # fmt: skip

@@ -23,6 +23,7 @@ from udlkernels.attention.linear_attention.chunk_kernels import (
     PLAIN,
     SCAN_BLOCK,
     Problem,
+    blocks,
     dot,
     entries,
     linear_attention_scan_kernel,
@@ -82,9 +83,10 @@ def linear_attention_fwd(
     kv_out, z_out = _scan(problem, sums, kv, z, reverse=False)
     out = q.new_empty((*q.shape[:3], problem.value_width))
     starts, steps = problem.starts(sums, kv_out, z_out)
-    linear_attention_fwd_kernel[(problem.programs(q), problem.blocks(False)[1])](
+    common = problem.at(False)
+    linear_attention_fwd_kernel[(problem.programs(q), blocks(common)[1])](
         q, k, v, *starts, out, *strides(q, k, v), *steps, *problem.counts(q),
-        **problem.at(False),
+        **common,
     )  # fmt: skip
     return out, kv_out, z_out
 
@@ -102,11 +104,12 @@ def _sums(
     chunks = triton.cdiv(tokens, problem.chunk * tiles)
     size = problem.width * problem.value_width + problem.width
     sums = x.new_empty((problem.states, chunks, size), dtype=problem.acc)
-    grid = problem.states * chunks, *problem.blocks(exact)
+    common = problem.at_sums(exact)
+    grid = problem.states * chunks, *blocks(common)
     linear_attention_sums_kernel[grid](
         x, y, *(rows or (x, x)), sums, *strides(x, y), problem.kv_heads,
         1 if rows is None else problem.group, tokens, chunks,
-        TILES=tiles, WEIGHTED=rows is not None, **problem.at(exact, "CAUSAL"),
+        TILES=tiles, WEIGHTED=rows is not None, **common,
     )  # fmt: skip
     return sums
 
@@ -141,7 +144,8 @@ def linear_attention_bwd(
     dq, dk, dv, dkv, dz = (q.new_empty((0,), dtype=torch.float32) for _ in range(5))
     # A state's gradient is float32, so everything in front of it has to be.
     exact = need_dstate
-    common, (blocks, value_blocks) = problem.at(exact), problem.blocks(exact)
+    common = problem.at(exact)
+    width_blocks, value_blocks = blocks(common)
     sums = None
     if causal:
         sums = _sums(problem, k, v, None, exact)
@@ -151,11 +155,11 @@ def linear_attention_bwd(
     given = strides(q, k, v, dout)
     linear_attention_rows_kernel[(problem.programs(q),)](
         q, k, v, dout, *starts, inverse, delta, *given, *steps, *problem.counts(q),
-        **common,
+        **problem.at(exact, "rows"),
     )  # fmt: skip
     if need_dq:
         dq = q.new_empty(q.shape)
-        linear_attention_dq_kernel[(problem.programs(q), blocks)](
+        linear_attention_dq_kernel[(problem.programs(q), width_blocks)](
             q, k, v, dout, *starts, inverse, delta, dq, *given, *steps,
             *problem.counts(q), **common,
         )  # fmt: skip
@@ -166,7 +170,7 @@ def linear_attention_bwd(
     if need_dkv:
         starts, steps = problem.starts(sums, dkv, dz)
         dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
-        linear_attention_dk_kernel[(problem.programs(k), blocks)](
+        linear_attention_dk_kernel[(problem.programs(k), width_blocks)](
             q, k, v, dout, *starts, inverse, delta, dk, *given, *steps,
             *problem.counts(k), **common,
         )  # fmt: skip

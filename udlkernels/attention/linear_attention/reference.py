@@ -1,4 +1,4 @@
-"""The formula of linear attention in plain torch, with all weights of queries and keys."""
+"""The formula of linear attention in plain torch; with a causal mask by all weights of q and k."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ def linear_attention(
             q, k, feature_map = feature_map(q), feature_map(k), "identity"
         group = q.shape[1] // max(k.shape[1], 1)
         q, k, v = mapped(q.to(wide), feature_map), mapped(k.to(wide), feature_map), v.to(wide)
-        keys, values = (t.repeat_interleave(group, 1) for t in (k, v))
-        weights = _products(q, keys)
-        seen = torch.ones(weights.shape[2:], dtype=torch.bool, device=q.device)
+        kv, z = k.mT @ v, k.sum(2)
+        after = (kv, z) if state is None else (kv + state[0], z + state[1])
+        before = after if not causal else state
+        total, divisor = v.new_zeros(()), v.new_zeros(())
+        if before is not None:
+            kv, z = (t.repeat_interleave(group, 1) for t in before)
+            total, divisor = q @ kv, q @ z[..., None]
         if causal:
-            seen = seen.tril()
-            weights = weights.masked_fill(~seen, 0.0)
-        total, divisor = _weigh(weights, seen, values), weights.sum(-1, keepdim=True)
-        if state is not None:
-            total = total + q @ state[0].repeat_interleave(group, 1)
-            divisor = divisor + q @ state[1].repeat_interleave(group, 1)[..., None]
+            keys, values = (t.repeat_interleave(group, 1) for t in (k, v))
+            weights = _products(q, keys).tril()
+            seen = torch.ones(weights.shape[2:], dtype=torch.bool, device=q.device).tril()
+            total = total + _weigh(weights, seen, values)
+            divisor = divisor + weights.sum(-1, keepdim=True)
         empty = divisor == 0.0
         out = (total / divisor.masked_fill(empty, 1.0)).masked_fill(empty, 0.0).to(dtype)
-        if not return_state:
-            return out
-        kv, z = k.mT @ v, k.sum(2)
-        return out, (kv, z) if state is None else (kv + state[0], z + state[1])
+        return (out, after) if return_state else out
