@@ -175,12 +175,11 @@ inline void parallel_units(int64_t units, int64_t unit_elements, const Body& bod
   torch::stable::parallel_for(0, units, grain, body);
 }
 
-// The partial sums [count, width] of type acc added up in their order, as a tensor shaped and typed
-// like `like`.
-inline Tensor reduce_partials(const std::vector<char>& partials, int64_t count, int64_t width,
-                              Dtype acc, const Tensor& like) {
-  Tensor out = empty_contiguous_like(like);
-  const Dtype dtype = dtype_of(like);
+// The partial sums [count, width] of type acc added up in their order, into a contiguous tensor of
+// width elements.
+inline void sum_into(const std::vector<char>& partials, int64_t count, int64_t width, Dtype acc,
+                     const Tensor& out) {
+  const Dtype dtype = dtype_of(out);
   void* data = out.mutable_data_ptr();
   constexpr int64_t kBlock = 64;
   parallel_units((width + kBlock - 1) / kBlock, kBlock * count, [&](int64_t begin, int64_t end) {
@@ -188,6 +187,13 @@ inline Tensor reduce_partials(const std::vector<char>& partials, int64_t count, 
     (acc, partials.data(), count, width, dtype, data, begin * kBlock,
      std::min(end * kBlock, width));
   });
+}
+
+// The same, as a tensor shaped and typed like `like`.
+inline Tensor reduce_partials(const std::vector<char>& partials, int64_t count, int64_t width,
+                              Dtype acc, const Tensor& like) {
+  Tensor out = empty_contiguous_like(like);
+  sum_into(partials, count, width, acc, out);
   return out;
 }
 

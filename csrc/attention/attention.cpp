@@ -1,45 +1,16 @@
-#include "attention/attention.h"
-
-#include <cmath>
-#include <tuple>
-
-#include "dropout_op.h"
-#include "tensor.h"
+#include "attention/attention_op.h"
 
 namespace udl {
 namespace {
 
-Heads heads_of(const Tensor& tensor) {
-  return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2),
-          tensor.dim() > 3 ? tensor.stride(3) : 1};
-}
-
-Heads heads_of(const std::optional<Tensor>& tensor) {
-  return tensor.has_value() ? heads_of(*tensor) : Heads{};
-}
-
-// [B, H, T, D] like x but of the width given: contiguous, or a transposed view of [B, T, H, D].
-Tensor empty_heads(const Tensor& x, int64_t width, bool heads_last) {
-  const int64_t B = x.size(0), H = x.size(1), T = x.size(2);
-  const int64_t sizes[4] = {B, H, T, width};
-  const int64_t strides[4] = {H * T * width, heads_last ? width : T * width,
-                              heads_last ? H * width : width, 1};
-  return empty_strided(sizes, strides, 4, dtype_of(x));
-}
-
 // What forward and backward are told alike.
 struct Request {
   const Tensor &q, &k, &v;
-  const std::optional<Tensor>&mask, &bias, &key_lengths, &alibi_slopes, &sinks;
-  int64_t offset, left, right;
+  const std::optional<Tensor>&mask, &bias, &key_lengths, &alibi_slopes, &sinks, &ranges, &block_mask;
+  int64_t block_size, offset, left, right;
   double scale, softcap, dropout_p;
   const std::optional<Tensor>& seed;
 };
-
-template <class T>
-const T* data_of(const std::optional<Tensor>& tensor) {
-  return tensor.has_value() ? static_cast<const T*>(tensor->const_data_ptr()) : nullptr;
-}
 
 // The arguments of the kernels, and the flags that they read.
 struct Call {
@@ -49,7 +20,7 @@ struct Call {
     args.dtype = dtype_of(request.q);
     args.batches = request.q.size(0);
     args.heads = request.q.size(1);
-    args.queries = request.q.size(2);
+    args.queries = args.row_stride = request.q.size(2);
     args.width = request.q.size(3);
     args.key_heads = request.k.size(1);
     args.keys = request.k.size(2);
@@ -61,6 +32,10 @@ struct Call {
     args.bias = heads_of(request.bias);
     if (request.bias.has_value()) args.bias_dtype = dtype_of(*request.bias);
     args.key_lengths = data_of<int64_t>(request.key_lengths);
+    args.ranges = data_of<int64_t>(request.ranges);
+    args.ranges_batch = request.ranges.has_value() ? request.ranges->stride(0) : 0;
+    args.block_mask = heads_of(request.block_mask);
+    args.block_size = request.block_size;
     args.alibi_slopes = data_of<void>(request.alibi_slopes);
     args.sinks = data_of<void>(request.sinks);
     args.offset = request.offset;
@@ -89,11 +64,12 @@ struct Call {
 std::tuple<Tensor, Tensor> attention_fwd(
     const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& mask,
     const std::optional<Tensor>& bias, const std::optional<Tensor>& key_lengths,
-    const std::optional<Tensor>& alibi_slopes, const std::optional<Tensor>& sinks, int64_t offset,
-    int64_t left, int64_t right, double scale, double softcap, double dropout_p,
+    const std::optional<Tensor>& alibi_slopes, const std::optional<Tensor>& sinks,
+    const std::optional<Tensor>& ranges, const std::optional<Tensor>& block_mask,
+    int64_t block_size, int64_t offset, int64_t left, int64_t right, double scale, double softcap, double dropout_p,
     const std::optional<Tensor>& seed, bool heads_last) {
-  Call call({q, k, v, mask, bias, key_lengths, alibi_slopes, sinks, offset, left, right, scale,
-             softcap, dropout_p, seed});
+  Call call({q, k, v, mask, bias, key_lengths, alibi_slopes, sinks, ranges, block_mask, block_size,
+             offset, left, right, scale, softcap, dropout_p, seed});
   Attention& args = call.args;
   Tensor out = empty_heads(q, args.value_width, heads_last);
   Tensor lse = empty({args.batches, args.heads, args.queries}, acc_dtype(args.dtype));
@@ -167,32 +143,17 @@ Tensor bias_gradient(Call& call, const Tensor& bias) {
   return dbias;
 }
 
-template <class A>
-void sink_gradient(const Attention& args, A* dsinks) {
-  const A *sinks = static_cast<const A*>(args.sinks), *lse = static_cast<const A*>(args.lse);
-  const A* delta = static_cast<const A*>(args.delta);
-  for (int64_t h = 0; h < args.heads; ++h) {
-    double sum = 0;
-    for (int64_t b = 0; b < args.batches; ++b) {
-      const int64_t row = (b * args.heads + h) * args.queries;
-      for (int64_t i = row; i < row + args.queries; ++i) {
-        sum -= std::exp(static_cast<double>(sinks[h] - lse[i])) * static_cast<double>(delta[i]);
-      }
-    }
-    dsinks[h] = static_cast<A>(sum);
-  }
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
     const Tensor& dout, const std::optional<Tensor>& dlse, const Tensor& q, const Tensor& k,
     const Tensor& v, const Tensor& out, const Tensor& lse, const std::optional<Tensor>& mask,
     const std::optional<Tensor>& bias, const std::optional<Tensor>& key_lengths,
-    const std::optional<Tensor>& alibi_slopes, const std::optional<Tensor>& sinks, int64_t offset,
-    int64_t left, int64_t right, double scale, double softcap, double dropout_p,
+    const std::optional<Tensor>& alibi_slopes, const std::optional<Tensor>& sinks,
+    const std::optional<Tensor>& ranges, const std::optional<Tensor>& block_mask,
+    int64_t block_size, int64_t offset, int64_t left, int64_t right, double scale, double softcap, double dropout_p,
     const std::optional<Tensor>& seed, bool heads_last, bool need_dq, bool need_dkv,
     bool need_dbias, bool need_dsinks) {
-  Call call({q, k, v, mask, bias, key_lengths, alibi_slopes, sinks, offset, left, right, scale,
-             softcap, dropout_p, seed});
+  Call call({q, k, v, mask, bias, key_lengths, alibi_slopes, sinks, ranges, block_mask, block_size,
+             offset, left, right, scale, softcap, dropout_p, seed});
   Attention& args = call.args;
   const Dtype acc = acc_dtype(args.dtype);
   const Tensor dout_rows = dout.stride(3) == 1 ? dout : torch::stable::contiguous(dout);
@@ -219,12 +180,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(
   run_backward(call);
   Tensor dbias =
       need_dbias && bias.has_value() ? bias_gradient(call, *bias) : empty({0}, Dtype::f32);
-  Tensor dsinks = empty({need_dsinks ? args.heads : 0}, need_dsinks ? acc : Dtype::f32);
-  if (need_dsinks && acc == Dtype::f64) {
-    sink_gradient(args, static_cast<double*>(dsinks.mutable_data_ptr()));
-  } else if (need_dsinks) {
-    sink_gradient(args, static_cast<float*>(dsinks.mutable_data_ptr()));
-  }
+  Tensor dsinks = sink_gradient(args, need_dsinks);
   return {std::move(dq), std::move(dk), std::move(dv), std::move(dbias), std::move(dsinks)};
 }
 

@@ -2,26 +2,12 @@
 // vector lanes, so that keys and values are read where they lie, one number at a time for all lanes.
 #pragma once
 
+#include "attention/heads.h"
 #include "dtype.h"
 #include "isa.h"
 #include "philox.h"
 
 namespace udl {
-
-// A tensor [B, H, T, D] by its strides in elements; the last is 1 unless `element` says otherwise.
-struct Heads {
-  const void* data = nullptr;  // null where the tensor is absent
-  int64_t batch = 0, head = 0, row = 0, element = 1;
-
-  template <class T>
-  UDL_ALWAYS_INLINE const T* at(int64_t b, int64_t h, int64_t i) const {
-    return static_cast<const T*>(data) + b * batch + h * head + i * row;
-  }
-  template <class T>
-  UDL_ALWAYS_INLINE T* to(int64_t b, int64_t h, int64_t i) const {
-    return const_cast<T*>(at<T>(b, h, i));
-  }
-};
 
 struct Attention {
   Dtype dtype = Dtype::f32, bias_dtype = Dtype::f32;
@@ -30,6 +16,11 @@ struct Attention {
   Heads mask;  // one byte an element
   Heads bias;
   const int64_t* key_lengths = nullptr;  // [B]
+  // Query i of sample b sees keys from ranges[b * ranges_batch + 2 * i] to before the number after it.
+  const int64_t* ranges = nullptr;
+  int64_t ranges_batch = 0;
+  Heads block_mask;  // one byte for each block_size queries by block_size keys
+  int64_t block_size = 0;
   const void* alibi_slopes = nullptr;    // [B, H], accumulation type
   const void* sinks = nullptr;           // [H], accumulation type
   // Key j is seen by query i where -left <= j - i - offset <= right.
@@ -40,11 +31,12 @@ struct Attention {
   // the values. A weight of zero must not meet one in a product.
   uint8_t* unclean = nullptr;
   Heads out;
-  void* lse = nullptr;  // [B, H, T], accumulation type
+  void* lse = nullptr;  // [B, H, T], accumulation type, with row_stride from head to head
+  int64_t row_stride = 0, dropout_row = 0;  // dropout's rows start there
   // Backward.
   Heads dout, dq, dk, dv;  // data is null where not wanted
   Heads dlse;            // [B, H, T], accumulation type
-  void* delta = nullptr;       // [B, H, T], accumulation type: dout . out - dlse
+  void* delta = nullptr;       // as lse: dout . out - dlse
   int64_t key_parts = 1;       // into which the blocks of keys of a head are cut, ...
   int64_t query_parts = 1;     // ... and those of queries
   // The bias's gradient, accumulation type, [B or 1, H or 1, T or 1, S or 1] as the extents say.
@@ -52,6 +44,10 @@ struct Attention {
   int64_t bias_batches = 1, bias_heads = 1, bias_queries = 1, bias_keys = 1;
 
   UDL_ALWAYS_INLINE int64_t group() const { return heads / key_heads; }
+  // Where a row of a head stands in lse and delta.
+  UDL_ALWAYS_INLINE int64_t row_at(int64_t b, int64_t h, int64_t i) const {
+    return (b * heads + h) * row_stride + i;
+  }
 };
 
 // Keys of one block. Blocks start at multiples of it whatever is asked for, so that the order of a

@@ -58,8 +58,36 @@ QueryBlock query_block(const Attention& args, int64_t b, int64_t h, int64_t inde
   const int64_t limit = args.keys + args.queries;  // beyond any distance, so that sums stay small
   block.key_begin = most(0, block.first + args.offset - least(args.left, limit + args.queries));
   block.key_end = least(keys, last + args.offset + least(args.right, limit + args.queries) + 1);
+  if (args.ranges != nullptr) {
+    const int64_t* range = args.ranges + b * args.ranges_batch + 2 * block.first;
+    int64_t low = args.keys, high = 0;
+    for (int64_t i = 0; i < block.rows; ++i) {
+      if (range[2 * i] < range[2 * i + 1]) {
+        low = least(low, range[2 * i]);
+        high = most(high, range[2 * i + 1]);
+      }
+    }
+    block.key_begin = most(block.key_begin, low);
+    block.key_end = least(block.key_end, high);
+  }
   block.key_begin = block.key_begin / kKeyBlock * kKeyBlock;
   return block;
+}
+
+// How much of a tile, the block's queries against keys [first, first + n), the block mask shows.
+enum class Shown { none, some, all };
+UDL_INLINE Shown shown_of(const Attention& args, const QueryBlock& block, int64_t first, int64_t n) {
+  if (args.block_mask.data == nullptr) return Shown::all;
+  bool any = false, all = true;
+  const int64_t size = args.block_size, element = args.block_mask.element;
+  for (int64_t i = block.first / size; i * size < block.first + block.rows; ++i) {
+    const uint8_t* row = args.block_mask.at<uint8_t>(block.b, block.h, i);
+    for (int64_t j = first / size; j * size < first + n; ++j) {
+      any = any || row[j * element] != 0;
+      all = all && row[j * element] != 0;
+    }
+  }
+  return all ? Shown::all : any ? Shown::some : Shown::none;
 }
 
 // kJ rows of a product (see below).
@@ -432,6 +460,48 @@ void window_scores(const Attention& args, const QueryBlock& block, A* scores, in
   });
 }
 
+// -inf outside of each query's own range.
+template <class A>
+void range_scores(const Attention& args, const QueryBlock& block, A* scores, int64_t first,
+                  int64_t n) {
+  UDL_LINES A low[kQueryBlock<A>] = {}, high[kQueryBlock<A>] = {};
+  const int64_t* range = args.ranges + block.b * args.ranges_batch + 2 * block.first;
+  bool inside = true;
+  for (int64_t i = 0; i < block.rows; ++i) {
+    low[i] = static_cast<A>(most(0, least(range[2 * i] - first, kKeyBlock)));
+    high[i] = static_cast<A>(most(0, least(range[2 * i + 1] - first, kKeyBlock)));
+    inside = inside && range[2 * i] <= first && range[2 * i + 1] >= first + n;
+  }
+  if (inside) return;
+  const vec_t<A> masked = splat<A>(static_cast<A>(kLowest));
+  for_scores(block.vectors, scores, n, [&](vec_t<A> s, int r, int64_t k) UDL_LAMBDA {
+    const vec_t<A> key = splat<A>(static_cast<A>(k));
+    const vec_t<A> above = load(static_cast<const A*>(low) + r * kLanes<A>, Full{}) > key ? masked : s;
+    return load(static_cast<const A*>(high) + r * kLanes<A>, Full{}) <= key ? masked : above;
+  });
+}
+
+// -inf where the block mask hides the key.
+template <class A>
+void block_scores(const Attention& args, const QueryBlock& block, A* scores, int64_t first,
+                  int64_t n) {
+  const int64_t size = args.block_size;
+  const vec_t<A> masked = splat<A>(static_cast<A>(kLowest));
+  UDL_LINES A shown[kQueryBlock<A>] = {};
+  for (int64_t k = 0; k < n;) {
+    const int64_t column = (first + k) / size, end = least(n, (column + 1) * size - first);
+    for (int64_t i = 0; i < block.rows; ++i) {
+      const uint8_t* row = args.block_mask.at<uint8_t>(block.b, block.h, (block.first + i) / size);
+      shown[i] = row[column * args.block_mask.element] != 0 ? A(1) : A(0);
+    }
+    for_scores(block.vectors, scores + k * kQueryBlock<A>, end - k,
+               [&](vec_t<A> s, int r, int64_t) UDL_LAMBDA {
+                 return load(static_cast<const A*>(shown) + r * kLanes<A>, Full{}) == 0 ? masked : s;
+               });
+    k = end;
+  }
+}
+
 // What a product of queries and keys is multiplied by: a softcap puts the logarithm in itself.
 template <class A>
 UDL_INLINE A score_factor(const Attention& args) {
@@ -448,15 +518,19 @@ void change_scores(const Attention& args, const QueryBlock& block, const Scores<
     bias_scores(args, block, scores, first, n);
   }
   window_scores(args, block, scores.at, first, n);
+  if (args.ranges != nullptr) range_scores(args, block, scores.at, first, n);
+  if (shown_of(args, block, first, n) == Shown::some) {
+    block_scores(args, block, scores.at, first, n);
+  }
 }
 
 // scores.turned[key][lane] = 1 / (1 - p), or 0 where the weight is dropped.
 template <class A>
 void draw_dropout(const Attention& args, const QueryBlock& block, const Scores<A>& scores,
                   int64_t first) {
-  const int64_t head = (block.b * args.heads + block.h) * args.queries;
+  const int64_t row = args.dropout_row + args.row_at(block.b, block.h, block.first);
   for (int64_t i = 0; i < block.rows; ++i) {
-    dropout_factors<kKeyBlock / 4>(args.dropout, head + block.first + i, first / 4,
+    dropout_factors<kKeyBlock / 4>(args.dropout, row + i, first / 4,
                                    scores.rows + i * kKeyBlock);
   }
   turn_scores(scores);

@@ -87,7 +87,7 @@ void fill_panels(const Attention& args, const QueryBlock& block, int64_t i, Head
     copy_rows(q, args.q.row, block.rows, args.width, panels.row, panels.rows(i));
     copy_rows(dout, args.dout.row, block.rows, args.value_width, panels.value_row, panels.dout(i));
   }
-  const int64_t at = (block.b * args.heads + block.h) * args.queries + block.first;
+  const int64_t at = args.row_at(block.b, block.h, block.first);
   for (int64_t k = 0; k < B; ++k) {
     const bool inside = k < block.rows;
     const A lse = inside ? static_cast<const A*>(args.lse)[at + k] : A(0);
@@ -299,6 +299,7 @@ void backward_range(const Attention& args, const Range& range, KeyBlock<T>& work
     for (int64_t i = 0; i < blocks * group; ++i) {
       const QueryBlock block = block_at(i);
       if (work.first >= block.key_end || work.first + work.n <= block.key_begin) continue;
+      if (shown_of(args, block, work.first, work.n) == Shown::none) continue;
       block_gradients(args, block, i, panels, work);
       if (args.softcap > 0) {
         const auto slope = [&](vec_t<A> g, int r, int64_t k) UDL_LAMBDA {
@@ -373,6 +374,8 @@ void bias_unit(const Attention& args, int64_t unit, KeyBlock<T>& work) {
         const QueryBlock block = query_block<A>(args, b, h, index);
         fill_panels(args, block, 0, panels);
         for (int64_t key = block.key_begin; key < block.key_end; key += kKeyBlock) {
+          const int64_t n = least(kKeyBlock, args.keys - key);
+          if (shown_of(args, block, key, n) == Shown::none) continue;
           work.open(args, b, h / args.group(), key);
           block_gradients(args, block, 0, panels, work);
           add_dbias(args, block, work, dbias);
@@ -408,7 +411,7 @@ void attention_delta(const Attention& args, int64_t begin, int64_t end) {
           }
           store(sums + r * kLanes<A>, sum, Full{});
         }
-        A* delta = static_cast<A*>(args.delta) + unit * args.queries + first;
+        A* delta = static_cast<A*>(args.delta) + args.row_at(b, h, first);
         for (int64_t i = 0; i < rows; ++i) {
           delta[i] = sums[i];
           if (args.dlse.data != nullptr) delta[i] -= *args.dlse.at<A>(b, h, first + i);

@@ -192,9 +192,10 @@ void forward_block(const Attention& args, const QueryBlock& block, Forward<T>& w
     work.sum[i] = sinks != nullptr ? A(1) : A(0);
   }
   for (int64_t first = block.key_begin; first < block.key_end; first += kKeyBlock) {
-    forward_keys(args, block, work, first, least(kKeyBlock, block.key_end - first));
+    const int64_t n = least(kKeyBlock, block.key_end - first);
+    if (shown_of(args, block, first, n) != Shown::none) forward_keys(args, block, work, first, n);
   }
-  A* lse = static_cast<A*>(args.lse) + (block.b * args.heads + block.h) * args.queries + block.first;
+  A* lse = static_cast<A*>(args.lse) + args.row_at(block.b, block.h, block.first);
   for (int64_t i = 0; i < B; ++i) {
     const A sum = work.sum[i];
     work.factor[i] = sum == 0 ? A(0) : 1 / sum;
