@@ -14,13 +14,15 @@ from udlkernels.attention.attention.reference import NO_LIMIT
 
 def reasons(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any, bias: Any, sinks: Any,
-    dropout_p: float,
+    dropout_p: float, with_lse: bool,
 ) -> list[str]:  # fmt: skip
     """Why flex_attention cannot serve a call."""
     given = dict(mask=mask, bias=bias, sinks=sinks, dropout_p=dropout_p or None)
     found = [f"flex_attention has no {name}" for name, value in given.items() if value is not None]
     if q.is_cpu and _dispatch.needs_grad(q, k, v):
         found.append("flex_attention has no backward on the CPU")
+    if q.is_cpu and with_lse:
+        found.append("flex_attention has no lse on the CPU")
     if q.dtype == torch.float64:
         found.append("flex_attention has no float64")
     if q.numel() == 0 or k.numel() == 0 or v.numel() == 0:
@@ -33,9 +35,9 @@ def reasons(
 def attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, score_mod: Any, mask_mod: Any,
     key_lengths: Any, alibi_slopes: Any, offset: int, left: int, right: int, scale: float,
-    softcap: float,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """out and lse; the options come behind score_mod, and beside mask_mod."""
+    softcap: float, with_lse: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
+    """out, and lse with_lse; the options come behind score_mod, and beside mask_mod."""
     scores = [] if score_mod is None else [score_mod]
     masks = [] if mask_mod is None else [mask_mod]
     if softcap > 0.0:
@@ -54,11 +56,12 @@ def attend(
         blocks = block_mask(modifiers.Every(tuple(masks)), *sizes, device=q.device)
     from torch.nn.attention.flex_attention import AuxRequest
 
-    out, aux = attention(
+    found = attention(
         q, k, v, modifiers.Chain(tuple(scores)) if scores else None, blocks, scale,
-        q.shape[1] != k.shape[1], return_aux=AuxRequest(lse=True),
+        q.shape[1] != k.shape[1], return_aux=AuxRequest(lse=True) if with_lse else None,
     )  # fmt: skip
-    return out.contiguous(), aux.lse
+    out, lse = (found[0], found[1].lse) if with_lse else (found, None)
+    return out.contiguous(), lse
 
 
 def _flex() -> Any:

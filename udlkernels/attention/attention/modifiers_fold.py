@@ -68,17 +68,21 @@ def fold(
 
 def _fold_scores(folded: Folded, q: torch.Tensor, found: Any, diagonal: int | None) -> int | None:
     """The kernels scale, bound, and subtract ALiBi, in this order; returns ALiBi's offset."""
+    bounded = sloped = False
     for part in found:
         if isinstance(part, Softcap):
-            if folded.softcap > 0.0 or folded.alibi_slopes is not None:
+            if folded.softcap > 0.0 or sloped:
                 folded.reasons.append("score_mod bounds a score twice, or after ALiBi")
             folded.softcap = part.cap
+            bounded = True
         elif isinstance(part, Alibi):
             if folded.alibi_slopes is not None:
                 folded.reasons.append("score_mod is not the only ALiBi")
+            elif folded.softcap > 0.0 and not bounded:
+                folded.reasons.append("softcap bounds what ALiBi has changed")
             shapes = (q.shape[1:2], q.shape[:2])
             _check(q, "score_mod", "slopes [H] or [B, H]", part.slopes, shapes)
-            folded.alibi_slopes, diagonal = part.slopes, part.offset
+            folded.alibi_slopes, diagonal, sloped = part.slopes, part.offset, True
         else:
             folded.reasons.append("score_mod is not one of udlkernels.attention.modifiers")
     return diagonal

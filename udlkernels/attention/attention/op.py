@@ -141,7 +141,7 @@ def attention(
             reasons.append("alibi_slopes needs a gradient")
         if folded is not None:
             reasons += folded.reasons
-            torch_reasons = flex.reasons(q, k, v, mask, bias, sinks, dropout_p)
+            torch_reasons = flex.reasons(q, k, v, mask, bias, sinks, dropout_p, return_lse)
         choice = choose(
             "attention",
             implementation,
@@ -154,7 +154,7 @@ def attention(
             if choice == "torch":
                 found = flex.attend(
                     q, k, v, score_mod, mask_mod, key_lengths, alibi_slopes, *bounds, factor,
-                    softcap or 0.0,
+                    softcap or 0.0, return_lse,
                 )  # fmt: skip
             else:
                 found = reference.attend(
