@@ -34,11 +34,11 @@ def save(path: Path, state: dict[str, Any]) -> None:
     write(path, lambda file: torch.save({"format": FORMAT, **state}, file))
 
 
-def unusable(path: Path, expected: str) -> ArgumentError:
-    return ArgumentError("train", "resume", expected, path)
+def unusable(path: Path, expected: str, command: str = "train") -> ArgumentError:
+    return ArgumentError(command, "resume" if command == "train" else "checkpoint", expected, path)
 
 
-def load(path: Path) -> dict[str, Any]:
+def load(path: Path, command: str = "train") -> dict[str, Any]:
     """Read what `save` wrote; tensors and plain values only, so that no file can run code."""
     unreadable = (OSError, RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile)
     try:
@@ -47,9 +47,9 @@ def load(path: Path) -> dict[str, Any]:
                 raise zipfile.BadZipFile
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (*unreadable, pickle.UnpicklingError) as error:
-        raise unusable(path, "a checkpoint that can be read") from error
+        raise unusable(path, "a checkpoint that can be read", command) from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise unusable(path, "a checkpoint written by `udlkernels train`")
+        raise unusable(path, "a checkpoint written by `udlkernels train`", command)
     return state
 
 

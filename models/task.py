@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from statistics import median
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -21,6 +21,8 @@ class Training:
 
     epochs: int = 100
     batch_size: int = 100
+    examples: int | None = None  # of an epoch, drawn anew each time; None is all
+    evaluated: int | None = None  # training examples looked at after an epoch; None is all
     threads: int | None = None  # of the CPU; None is PyTorch's choice
 
 
@@ -65,6 +67,7 @@ class Run:
     history: dict[str, list[float]]
     implementations: list[str]  # what each op of ours ran, such as "batch_norm: kernel"
     diverged: bool = False
+    shown: dict[str, Any] = field(default_factory=dict)  # what `Task.show` found
 
     def final(self, name: str) -> float:
         """The last value, NaN for a run that diverged."""
@@ -103,9 +106,14 @@ class Task(Generic[C]):
         build: makes the network from its config, with weights drawn from the global generator.
         loss: `loss(model, *batch)`, a scalar to descend.
         evaluate: `evaluate(model, *data)`, named scalars, called without gradients.
-        optimizer: the optimizer and its schedule, stepped once an epoch.
+        optimizer: the optimizer and its schedule.
+        schedule: whether the schedule is stepped once an epoch or after every batch.
         experiment: `experiment(build, data)`, where `build` makes a network that uses the chosen
             ops on the chosen device.
+        show: `show(model)`, plain values that the picture needs of the trained network.
+        vocabulary: a text model's tokenizer as text, which its checkpoints carry.
+        sample: `sample(model, vocabulary, prompt, tokens, **options)`, the text that goes on from
+            the prompt, a piece for each token; the options are those of `generation.generate`.
     """
 
     name: str
@@ -126,6 +134,10 @@ class Task(Generic[C]):
     optimizer: Callable[[nn.Module, C], tuple[Optimizer, LRScheduler]]
     picture: Callable[[Results], Figure]
     experiment: Callable[[Callable[[C], Any], Data], Table] | None = None
+    schedule: Literal["epoch", "step"] = "epoch"
+    show: Callable[[Any], dict[str, Any]] | None = None
+    vocabulary: Callable[[], str] | None = None
+    sample: Callable[..., Iterator[str]] | None = None
 
     @property
     def chapter(self) -> int:

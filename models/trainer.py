@@ -91,6 +91,7 @@ class Trainer:
         self.optimizer, self.scheduler = task.optimizer(self.model, config)
         self.shuffle = torch.Generator().manual_seed(seed)
         self.random = checkpoint.random_state(self.device)
+        self.vocabulary = None if task.vocabulary is None else task.vocabulary()
         self.history: dict[str, list[float]] = defaultdict(list)
 
     @property
@@ -106,10 +107,11 @@ class Trainer:
         return self.epoch >= self.config.epochs or self.diverged
 
     def run_epoch(self) -> None:
-        """Train on every example once, in a fresh order, and evaluate."""
+        """Train on the examples of an epoch, in a fresh order, and evaluate."""
         checkpoint.set_random_state(self.random, self.device)
         examples = self.data.train[0].shape[0]
-        order = torch.randperm(examples, generator=self.shuffle).to(self.device)
+        order = torch.randperm(examples, generator=self.shuffle)[: self.config.examples]
+        order = order.to(self.device)
         batches = [tensor[order].split(self.config.batch_size) for tensor in self.data.train]
         total = torch.zeros((), device=self.device, dtype=torch.float64)
         self.model.train()
@@ -117,7 +119,8 @@ class Trainer:
         for batch in zip(*batches, strict=True):
             total += self._step(batch)
         seconds = self._time() - start
-        self.scheduler.step()
+        if self.task.schedule == "epoch":
+            self.scheduler.step()
         steps = len(batches[0])
         self.history["loss"].append(float(total) / steps)
         self.history["seconds_per_step"].append(seconds / steps)
@@ -130,12 +133,15 @@ class Trainer:
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
+        if self.task.schedule == "step":
+            self.scheduler.step()
         return loss.detach()
 
     @torch.no_grad()
     def _evaluate(self) -> None:
         self.model.eval()
-        for split, data in (("train", self.data.train), ("test", self.data.test)):
+        some = tuple(tensor[: self.config.evaluated] for tensor in self.data.train)
+        for split, data in (("train", some), ("test", self.data.test)):
             with self.computing.autocast():
                 values = self.task.evaluate(self.model, *data)
             for name, value in values.items():
@@ -155,6 +161,7 @@ class Trainer:
             history=dict(self.history),
             implementations=self._implementations(),
             diverged=self.diverged,
+            shown={} if self.task.show is None else self.task.show(self.model),
         )
 
     def _implementations(self) -> list[str]:
@@ -178,6 +185,7 @@ class Trainer:
     def save(self, path: Path) -> None:
         state = {
             "identity": self._identity(),
+            "vocabulary": self.vocabulary,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
@@ -191,6 +199,8 @@ class Trainer:
         """Go on from where `save` was called: the weights that follow are the same bit for bit."""
         state = checkpoint.load(path)
         self._check_identity(path, state)
+        if state.get("vocabulary") != self.vocabulary:
+            raise checkpoint.unusable(path, "a run with the tokens that this Python gives")
         unfit = checkpoint.unusable(path, "a checkpoint of this version of the model")
         try:
             self.model.load_state_dict(state["model"])

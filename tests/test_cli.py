@@ -18,7 +18,7 @@ import udlkernels
 from udlkernels.cli import app, main
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(udlkernels.__file__).parents[1])}
-COMMANDS = ["doctor", "bench", "kernels", "explain", "models", "train"]
+COMMANDS = ["doctor", "bench", "kernels", "explain", "models", "train", "sample"]
 runner = CliRunner()
 
 

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from udlkernels._version import __version__
-from udlkernels.cli import bench, doctor, explain, kernels, train
+from udlkernels.cli import bench, doctor, explain, kernels, sample, train
 
 app = typer.Typer(
     name="udlkernels",
@@ -49,6 +49,7 @@ app.command()(kernels.kernels)
 app.command()(explain.explain)
 app.command()(train.models)
 app.command()(train.train)
+app.command()(sample.sample)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
