@@ -4,14 +4,10 @@
 //   layer_norm_steps              the shapes of the page
 //   layer_norm_steps ROWS COLS    one shape; without times where it is small
 
-#include <algorithm>
-#include <chrono>
 #include <cstdio>
 #include <cstdlib>
-#include <functional>
-#include <new>
-#include <vector>
 
+#include "measure.h"
 #include "normalization/row_norm.isa.h"
 
 namespace udl::UDL_ISA {
@@ -30,14 +26,6 @@ struct Job {
   int64_t rows, n;
   float eps;
 };
-
-float widen(float v) { return v; }
-float widen(bf16 v) { return bit_cast<float>(static_cast<uint32_t>(v.bits) << 16); }
-void narrow(float v, float* to) { *to = v; }
-void narrow(float v, bf16* to) {
-  const uint32_t bits = bit_cast<uint32_t>(v);
-  to->bits = static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
-}
 
 // [naive]
 template <class T>
@@ -256,16 +244,9 @@ double error_of(const Job<T>& job, bool adds) {
 }
 
 // Of a second call: the first leaves in the caches what fits there.
-double seconds(const std::function<void()>& call) {
+double seconds_warm(const std::function<void()>& call) {
   call();
-  const auto start = std::chrono::steady_clock::now();
-  call();
-  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-}
-
-double median(std::vector<double>& values) {
-  std::nth_element(values.begin(), values.begin() + values.size() / 2, values.end());
-  return values[values.size() / 2];
+  return seconds(call);
 }
 
 // Medians of memcpy and of every step, called in turn.
@@ -274,42 +255,14 @@ std::vector<double> times(const Job<T>& job) {
   const size_t bytes = static_cast<size_t>(job.rows * job.n) * sizeof(T);
   std::vector<std::vector<double>> found(kSteps<T>.size() + 1);
   for (int round = 0; round < 31; ++round) {
-    found[0].push_back(seconds([&] { std::memcpy(job.y, job.x, bytes); }));
+    found[0].push_back(seconds_warm([&] { std::memcpy(job.y, job.x, bytes); }));
     for (size_t s = 0; s < kSteps<T>.size(); ++s) {
-      found[s + 1].push_back(seconds([&] { kSteps<T>[s].run(job); }));
+      found[s + 1].push_back(seconds_warm([&] { kSteps<T>[s].run(job); }));
     }
   }
   std::vector<double> medians;
   for (auto& values : found) medians.push_back(median(values));
   return medians;
-}
-
-// Aligned to cache lines, as torch's tensors are.
-template <class T>
-struct Aligned {
-  using value_type = T;
-  Aligned() = default;
-  template <class U>
-  explicit Aligned(const Aligned<U>&) {}
-  T* allocate(size_t count) {
-    return static_cast<T*>(::operator new(count * sizeof(T), std::align_val_t{64}));
-  }
-  void deallocate(T* p, size_t) { ::operator delete(p, std::align_val_t{64}); }
-  bool operator==(const Aligned&) const { return true; }
-  bool operator!=(const Aligned&) const { return false; }
-};
-template <class T>
-using Buffer = std::vector<T, Aligned<T>>;
-
-template <class T>
-Buffer<T> random_values(int64_t count) {
-  Buffer<T> values(static_cast<size_t>(count));
-  uint32_t state = 12345;
-  for (T& value : values) {
-    state = state * 1664525u + 1013904223u;
-    narrow(static_cast<float>(state >> 8) / (1 << 23) - 1, &value);
-  }
-  return values;
 }
 
 // Prints one shape; whether every step is right.
