@@ -139,6 +139,12 @@ class Row:
     dtype: torch.dtype
 
     @property
+    def phases(self) -> tuple[str, ...]:
+        """The forward alone, where no input has a gradient."""
+        specs = self.benchmark.inputs(self.shape).values()
+        return PHASES if any(spec.grad for spec in specs) else PHASES[:1]
+
+    @property
     def id(self) -> str:
         return f"{self.benchmark.op}/{self.shape.id}/{DTYPE_NAMES[self.dtype]}"
 

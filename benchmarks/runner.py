@@ -39,7 +39,7 @@ class Runner:
         """Everything that the rows will be compared with, before the first of them."""
         for row in self.plan.rows:
             if row.shape.group != "overhead":
-                for phase in ("forward", "backward"):
+                for phase in set(row.phases) - {"step"}:
                     self._times(row, phase)
 
     def run(self, progress: Progress = lambda name: None) -> Iterator[Measured]:
@@ -50,7 +50,8 @@ class Runner:
     def measure(self, row: Row) -> list[Measured]:
         """All phases of one row; a row that fails says so and the run goes on."""
         with _threads(1 if row.shape.group == "overhead" else torch.get_num_threads()):
-            found = [self._empty(row, phase) for phase in self.plan.phases]
+            phases = [phase for phase in self.plan.phases if phase in row.phases]
+            found = [self._empty(row, phase) for phase in phases]
             try:
                 self._fill(row, {measured.phase: measured for measured in found})
             except Exception as error:

@@ -122,6 +122,8 @@ def _compiled(rows: list[Row], settings: Settings, only_op: bool) -> set[tuple[s
         for mode in ("forward", "step"):
             asked = any(case.covers(named[0], mode, *named[1:]) for case in goals)
             sample = row.shape.quick and row.dtype == torch.float32
+            if mode not in row.phases:
+                continue
             if asked or (settings.full and mode == "step" and (only_op or sample)):
                 found.add((row.id, mode))
             if asked and not settings.full:

@@ -25,14 +25,15 @@ pytest.importorskip("pytest_benchmark")
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     rows = plan(Settings(full=metafunc.config.getoption("--all-rows"), compile=False)).rows
     contestants = [
-        pytest.param(row, name, id=f"{row.id}/{name}")
+        pytest.param(row, name, mode, id=f"{row.id}/{name}-{mode}")
         for row in rows
         for name in (OURS, *(peer.name for peer in row.benchmark.peers))
+        for mode in ("forward", "step")
+        if mode in row.phases
     ]
-    metafunc.parametrize(("row", "name"), contestants)
+    metafunc.parametrize(("row", "name", "mode"), contestants)
 
 
-@pytest.mark.parametrize("mode", ["forward", "step"])
 def test_row(
     benchmark: Any,
     row: Row,
