@@ -100,6 +100,20 @@ class Copy:
         self.backward = lambda outputs: other.clone()
 
 
+class Read(Copy):
+    """As many bytes, only read, for ops that write little beside what they read."""
+
+    name = "read"
+
+    def __init__(self, row: Row, device: torch.device) -> None:
+        cost = row.benchmark.cost(row.shape, row.dtype)
+        read, other = (
+            torch.ones(cost.bytes(phase) // 4, device=device) for phase in ("forward", "backward")
+        )
+        self.call = read.sum
+        self.backward = lambda outputs: other.sum()
+
+
 def _tensor(
     spec: Input, shape: Shape, dtype: torch.dtype, device: torch.device, generator: torch.Generator
 ) -> Tensor:

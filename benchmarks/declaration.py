@@ -7,7 +7,7 @@ read the same ones.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,12 +31,14 @@ class Shape:
     Args:
         name: such as "gpt2" or "resnet50-conv2"; no slash.
         size: size of the main input.
-        group: "model"; "odd" for awkward widths, compared per byte with the `twin` of round width;
-            "overhead" for tiny inputs, measured as whole public calls on one thread.
+        group: "model"; "odd" for awkward sizes, compared with the `twin` of round size by time over
+            what the ceilings allow; "overhead" for tiny inputs, measured as whole public calls on
+            one thread.
         layout: memory format of the inputs with four or five dimensions.
         options: keyword arguments of the op and of its peers, such as num_groups.
         twin: id of the shape that an odd one is compared with.
         quick: whether the quick run measures it.
+        tags: words by which a goal names it, beside its name.
     """
 
     name: str
@@ -46,6 +48,12 @@ class Shape:
     options: Mapping[str, Any] = field(default_factory=dict)
     twin: str = ""
     quick: bool = False
+    tags: tuple[str, ...] = ()
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """All that a goal can name it by."""
+        return (self.name, *self.tags)
 
     @property
     def id(self) -> str:
@@ -98,14 +106,17 @@ class Cost:
 
 @dataclass(frozen=True)
 class Peer:
-    """Someone else's way to the same outputs: a function of the same arguments.
+    """Another way to the outputs, someone else's or ours: a function of the same arguments.
 
-    `compiled` asks for the same function through `torch.compile` as a further peer.
+    `compiled` asks for the same function through `torch.compile` as a further peer, of the first
+    one only. `cost`: what this way has to move and compute, where that is not what the op has to,
+    as with a dense op beside a sparse one.
     """
 
     name: str
     run: Callable[..., Any]
     compiled: bool = True
+    cost: Callable[[Shape, torch.dtype], Cost] | None = None
 
 
 @dataclass(frozen=True)
@@ -115,7 +126,9 @@ class Benchmark:
     `reduction`: how many products the longest sum behind a result has, for the bound on its error.
     `run` is the public function with the arguments of `inputs` and of `Shape.options` by name, and
     the keyword `implementation`. `fused`: the peer is a sequence of ops, above whose peak memory
-    the op must not only not be, but stay below.
+    the op must not only not be, but stay below. `traffic`: "read" for an op that writes little,
+    whose ceiling then is a plain read of as many bytes instead of a copy. `odd_loss`: how many
+    times as long an awkward size may take as its round twin, each over what the ceilings allow.
     """
 
     op: str
@@ -128,6 +141,8 @@ class Benchmark:
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
     fused: bool = False
     reduction: Callable[[Shape], int] = lambda shape: 0
+    traffic: str = "copy"
+    odd_loss: float = 1.15
 
 
 @dataclass(frozen=True)
@@ -139,22 +154,29 @@ class Row:
     dtype: torch.dtype
 
     @property
-    def phases(self) -> tuple[str, ...]:
-        """The forward alone, where no input has a gradient."""
-        specs = self.benchmark.inputs(self.shape).values()
-        return PHASES if any(spec.grad for spec in specs) else PHASES[:1]
-
-    @property
     def id(self) -> str:
         return f"{self.benchmark.op}/{self.shape.id}/{DTYPE_NAMES[self.dtype]}"
+
+    @property
+    def phases(self) -> tuple[str, ...]:
+        """Only the forward where no input has a gradient."""
+        inputs = self.benchmark.inputs(self.shape).values()
+        return PHASES if any(spec.grad and spec.value is None for spec in inputs) else PHASES[:1]
 
 
 @dataclass(frozen=True)
 class Case:
-    """A goal: the geometric mean of the ratios to eager PyTorch over an op's model shapes.
+    """A goal: the geometric mean of the ratios to a peer over an op's model shapes.
 
-    `share` is the alternative, a share of the measured ceiling. `goal` None only shows the figure.
-    `layout` None takes all layouts.
+    Args:
+        op, phase, dtype: the rows it speaks of.
+        goal: the peer's time over ours; None only shows the figure.
+        share: the alternative, a share of the measured ceiling.
+        layout: None takes all layouts.
+        where: words that a shape must all have, as its name or tags; () takes all shapes.
+        peer: whom the ratio is to.
+        per_flop: compares flops per second, each over its own flops, instead of the times.
+        memory: peak extra memory, at most this much of the peer's for each of the shapes.
     """
 
     op: str
@@ -163,15 +185,24 @@ class Case:
     goal: float | None = None
     share: float | None = None
     layout: str | None = None
+    where: tuple[str, ...] = ()
+    peer: str = "eager"
+    per_flop: bool = False
+    memory: float | None = None
 
     @property
     def name(self) -> str:
         layout = {None: "", "contiguous": " NCHW", "channels_last": " channels-last"}[self.layout]
-        return f"{self.op} {self.phase} {DTYPE_NAMES[self.dtype]}{layout}"
+        name = f"{self.op} {self.phase} {DTYPE_NAMES[self.dtype]}{layout}"
+        name = " ".join([name, *self.where])
+        if self.peer == "eager":
+            return name
+        return f"{name} / {self.peer}" + (", per flop" if self.per_flop else "")
 
-    def covers(self, op: str, phase: str, dtype: str, layout: str) -> bool:
+    def covers(self, op: str, phase: str, dtype: str, layout: str, words: Iterable[str]) -> bool:
         wanted = (self.op, self.phase, DTYPE_NAMES[self.dtype])
-        return wanted == (op, phase, dtype) and self.layout in (None, layout)
+        named = set(self.where) <= set(words)
+        return wanted == (op, phase, dtype) and self.layout in (None, layout) and named
 
 
 @dataclass(frozen=True)

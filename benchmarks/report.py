@@ -48,6 +48,9 @@ def _row_line(row: Measured) -> Line:
         reason = ", ".join([*row.flags, *row.notes]) or "not measured"
         return [name, Cell("-", _BAD), *[""] * 6, Cell(reason, _BAD)]
     notes = list(row.notes)
+    for peer in row.peers:
+        if peer not in (EAGER, COMPILED):
+            notes.append(f"{_ratio(row, peer).text} of {peer}")
     if row.fell_back:
         notes.insert(0, "auto took PyTorch's op: counts for nothing")
     return [

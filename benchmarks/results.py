@@ -15,6 +15,8 @@ OURS = "ours"
 EAGER = "eager"
 COMPILED = "compile"
 COPY = "copy"
+READ = "read"
+CEILINGS = (COPY, READ)  # of a row one of them is sampled, by the op's traffic
 # A speed is believed only down to this share of the time that the ceilings allow.
 SUSPECT_BELOW = 1 / 1.15
 
@@ -23,9 +25,10 @@ SUSPECT_BELOW = 1 / 1.15
 class Measured:
     """One row and phase.
 
-    `floor` is the time at the best copy ceiling, `least` the shortest that can be believed, at the
-    best bandwidth of any kind, `computing` the time of the flops at the dense product's ceiling.
-    `flags` says why a speed does not count.
+    `floor` is the time at the ceiling of the op's traffic, `least` the shortest that can be
+    believed, at the best bandwidth of any kind, `computing` the time of the flops at the dense
+    product's ceiling. `words` are the shape's name and tags, `peer_flops` those of a peer that has
+    other flops than the op. `flags` says why a speed does not count.
     """
 
     id: str
@@ -49,6 +52,8 @@ class Measured:
     notes: list[str] = field(default_factory=list)
     twin: str = ""
     allocator: str = ""
+    words: list[str] = field(default_factory=list)
+    peer_flops: dict[str, int] = field(default_factory=dict)
 
     @property
     def counts(self) -> bool:
@@ -70,11 +75,20 @@ class Measured:
         return ratio_interval(self.samples[OURS], self.samples[peer])
 
     @property
+    def peers(self) -> list[str]:
+        return [name for name in self.samples if name not in (OURS, *CEILINGS)]
+
+    def speed_ratio(self, peer: str) -> float | None:
+        """Our flops per second over the peer's, each with its own flops."""
+        ratio = self.ratio(peer)
+        return ratio[0] * self.flops / self.peer_flops.get(peer, self.flops) if ratio else None
+
+    @property
     def share(self) -> float | None:
-        """Of the ceiling: 1 is as fast as a copy of as many bytes, allocated and timed alike, or as
-        the dense product where that takes longer."""
-        seconds, copy = self.seconds(), self.seconds(COPY)
-        return max(copy, self.computing) / seconds if seconds and copy else None
+        """Of the ceiling: 1 is as fast as a copy (or read) of as many bytes, allocated and timed
+        alike, or as the dense product where that takes longer."""
+        seconds, moving = self.seconds(), self.seconds(COPY) or self.seconds(READ)
+        return max(moving, self.computing) / seconds if seconds and moving else None
 
     @property
     def cached_share(self) -> float | None:
@@ -109,9 +123,9 @@ class Run:
 
 def read_rows(path: Path) -> list[Measured]:
     """The rows of a file that `Run.to_json` wrote."""
-    names = [field.name for field in fields(Measured)]
+    names = {field.name for field in fields(Measured)}
     found = json.loads(path.read_text())["rows"]
-    return [Measured(**{name: row[name] for name in names}) for row in found]
+    return [Measured(**{name: row[name] for name in names & row.keys()}) for row in found]
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -135,10 +149,9 @@ def _short(value: Any) -> Any:
 
 
 def _derived(row: Measured) -> dict[str, Any]:
-    peers = [name for name in row.samples if name not in (OURS, COPY)]
     return {
         "seconds": {name: row.seconds(name) for name in row.samples},
-        "ratio": {name: row.ratio(name) for name in peers},
+        "ratio": {name: row.ratio(name) for name in row.peers},
         "share": row.share,
         "cached_share": row.cached_share,
     }

@@ -12,7 +12,7 @@ import torch
 from . import gate
 from .allocator import allocator
 from .ceilings import Ceilings
-from .contestant import Arguments, Contestant, Copy, copied, draw
+from .contestant import Arguments, Contestant, Copy, Read, copied, draw
 from .declaration import DTYPE_NAMES, Row
 from .memory import peak_extra
 from .results import COMPILED, OURS, Measured
@@ -50,8 +50,7 @@ class Runner:
     def measure(self, row: Row) -> list[Measured]:
         """All phases of one row; a row that fails says so and the run goes on."""
         with _threads(1 if row.shape.group == "overhead" else torch.get_num_threads()):
-            phases = [phase for phase in self.plan.phases if phase in row.phases]
-            found = [self._empty(row, phase) for phase in phases]
+            found = [self._empty(row, phase) for phase in self._phases(row)]
             try:
                 self._fill(row, {measured.phase: measured for measured in found})
             except Exception as error:
@@ -89,7 +88,8 @@ class Runner:
                 memory = {c.name: peak_extra(whole(c, mode), self.device) for c in contestants}
         timed: list[Timed] = [*contestants]
         if row.shape.group != "overhead":
-            timed.append(Copy(row, self.device))
+            ceiling = Read if row.benchmark.traffic == "read" else Copy
+            timed.append(ceiling(row, self.device))
         samples = sample(timed, mode, self.clock, self.budget)
         for measured in wanted:
             for name, phases in samples.items():
@@ -117,6 +117,9 @@ class Runner:
             else:
                 yield contestant
 
+    def _phases(self, row: Row) -> list[str]:
+        return [phase for phase in self.plan.phases if phase in row.phases]
+
     def _empty(self, row: Row, phase: str) -> Measured:
         cost = row.benchmark.cost(row.shape, row.dtype)
         measured = Measured(
@@ -132,6 +135,12 @@ class Runner:
             flops=cost.flops(phase),
             twin=row.shape.twin,
             allocator=allocator(),
+            words=list(row.shape.words),
+            peer_flops={
+                peer.name: peer.cost(row.shape, row.dtype).flops(phase)
+                for peer in row.benchmark.peers
+                if peer.cost is not None
+            },
         )
         if row.shape.group != "overhead":
             parts = ("forward", "backward") if phase == "step" else (phase,)
@@ -142,13 +151,14 @@ class Runner:
         return measured
 
     def _times(self, row: Row, phase: str) -> tuple[float, float, float]:
-        """Seconds at the copy ceiling, at the best bandwidth of any kind, and of the flops."""
+        """Seconds at the traffic's ceiling, at the best bandwidth of any kind, and of the flops."""
         cost = row.benchmark.cost(row.shape, row.dtype)
         moved = cost.bytes(phase)
         bandwidth = self.ceilings.bandwidth(moved)
         computing = cost.flops(phase) / self.ceilings.product(row.dtype)
+        usual = bandwidth.read if row.benchmark.traffic == "read" else bandwidth.copy
         return (
-            max(moved / bandwidth.copy, computing),
+            max(moved / usual, computing),
             max(moved / bandwidth.best, computing),
             computing,
         )

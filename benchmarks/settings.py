@@ -118,12 +118,11 @@ def _compiled(rows: list[Row], settings: Settings, only_op: bool) -> set[tuple[s
     goals, _ = cases(settings.selection)
     found: set[tuple[str, str]] = set()
     for row in model:
-        named = (row.benchmark.op, DTYPE_NAMES[row.dtype], row.shape.layout)
-        for mode in ("forward", "step"):
-            asked = any(case.covers(named[0], mode, *named[1:]) for case in goals)
-            sample = row.shape.quick and row.dtype == torch.float32
-            if mode not in row.phases:
-                continue
+        op, shape = row.benchmark.op, row.shape
+        named = (DTYPE_NAMES[row.dtype], shape.layout, shape.words)
+        for mode in (mode for mode in ("forward", "step") if mode in row.phases):
+            asked = any(case.covers(op, mode, *named) for case in goals)
+            sample = shape.quick and row.dtype == torch.float32
             if asked or (settings.full and mode == "step" and (only_op or sample)):
                 found.add((row.id, mode))
             if asked and not settings.full:
@@ -143,11 +142,11 @@ def _named(settings: Settings) -> Plan:
     for name in settings.rows:
         head, _, phase = name.rpartition("/")
         base, phase = (head, phase) if phase in PHASES else (name, "")
-        if base not in known:
+        if base not in known or (phase and phase not in known[base].phases):
             raise ArgumentError("bench", "row", "an id that the table shows", name)
         rows.append(known[base])
         phases |= {phase} if phase else set(PHASES)
     modes = {"forward" if phase == "forward" else "step" for phase in phases}
-    compilable = [row.id for row in rows if settings.compile and row.benchmark.peers[0].compiled]
-    compiled = {(name, mode) for name in compilable for mode in modes}
+    compilable = [row for row in rows if settings.compile and row.benchmark.peers[0].compiled]
+    compiled = {(row.id, mode) for row in compilable for mode in modes & set(row.phases)}
     return Plan(rows, compiled, tuple(phase for phase in PHASES if phase in phases))

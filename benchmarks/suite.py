@@ -133,7 +133,7 @@ def _default_allocator(settings: Settings, rows: Iterable[Row]) -> list[Measured
         command = [sys.executable, "-m", "udlkernels.benchmarks", "--default-allocator"]
         command += ["--no-compile", "--out", folder, "--threads", str(torch.get_num_threads())]
         for row in largest.values():
-            command += ["--row", f"{row.id}/step"]
+            command += ["--row", f"{row.id}/{row.phases[-1]}"]
         subprocess.run(command, check=False, stdout=subprocess.DEVNULL)
         return read_rows(Path(folder) / "bench.json")
 

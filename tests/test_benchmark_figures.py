@@ -156,7 +156,7 @@ def test_odd_widths_are_held_against_their_twins(seconds, passed):
         _measured(ours=[1.0], group="odd", shape="round"),
         _measured(ours=[seconds], group="odd", shape="odd", twin="round"),
     ]
-    assert _other("odd widths", rows).passed is passed
+    assert _other("odd sizes", rows).passed is passed
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,9 @@ from udlkernels import functional
 from ..declaration import Benchmark, Input, Peer, Shape
 from .shapes import products, terms
 
+# Where PyTorch's path has scores that weigh more than queries, keys and values.
+_LONG = ("T>=256",)
+
 
 def inputs(shape: Shape) -> Mapping[str, Input]:
     _, heads, length, _ = shape.size
@@ -32,11 +35,12 @@ BENCHMARK = Benchmark(
     op="attention",
     family="attention",
     shapes=(
-        Shape("t5-base", (2, 12, 512, 64), quick=True),
-        Shape("t5-large", (1, 16, 512, 64)),
-        Shape("swin-window", (128, 3, 49, 32)),
-        Shape("swin-window-deep", (8, 24, 49, 32)),
-        Shape("swin-v2", (32, 4, 256, 32)),
+        Shape("t5-base", (2, 12, 512, 64), tags=_LONG, quick=True),
+        Shape("t5-large", (1, 16, 512, 64), tags=_LONG),
+        Shape("t5-base-long", (1, 12, 2048, 64), tags=_LONG),
+        Shape("swin-window", (128, 3, 49, 32), tags=("swin",)),
+        Shape("swin-window-deep", (8, 24, 49, 32), tags=("swin",)),
+        Shape("swin-v2", (32, 4, 256, 32), tags=_LONG),
         Shape("evoformer", (64, 8, 128, 32)),
         Shape("tiny", (1, 2, 8, 8), group="overhead", quick=True),
     ),

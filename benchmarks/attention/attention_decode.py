@@ -75,4 +75,5 @@ BENCHMARK = Benchmark(
     peers=(Peer("eager", eager, compiled=False),),
     cost=cost,
     reduction=lambda shape: shape.size[1] + 2 * shape.size[3],
+    traffic="read",
 )

@@ -75,20 +75,35 @@ def eager(
     return out.transpose(1, 2)[samples, rows]
 
 
-def cost(shape: Shape, dtype: torch.dtype) -> Cost:
+def dense(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, lengths: str, causal: str | None = None
+) -> Any:
+    """Our attention on as many rows as the longest sequence has, of one sample."""
+    longest = (x[None, : max(_LENGTHS[lengths])] for x in (q, k, v))
+    return functional.attention(*longest, causal=causal, layout="bthd")
+
+
+def _cost(shape: Shape, dtype: torch.dtype, lengths: tuple[int, ...]) -> Cost:
     """Two products forward, five backward, over the scores within each sequence."""
     _, heads, width = shape.size
-    lengths = _LENGTHS[shape.options["lengths"]]
     causal = shape.options.get("causal") is not None
     scores = sum(n * (n + 1) // 2 if causal else n * n for n in lengths)
-    product, moved = 2 * heads * width * scores, shape.numel * dtype.itemsize
+    product, moved = 2 * heads * width * scores, sum(lengths) * heads * width * dtype.itemsize
     return Cost(4 * moved, 8 * moved, 2 * product, 5 * product)
+
+
+def cost(shape: Shape, dtype: torch.dtype) -> Cost:
+    return _cost(shape, dtype, _LENGTHS[shape.options["lengths"]])
+
+
+def dense_cost(shape: Shape, dtype: torch.dtype) -> Cost:
+    return _cost(shape, dtype, (max(_LENGTHS[shape.options["lengths"]]),))
 
 
 def _shape(lengths: str, heads: int, width: int, causal: bool = True, **rest: Any) -> Shape:
     options = {"lengths": lengths} | ({"causal": "top_left"} if causal else {})
-    name = rest.pop("name", lengths)
-    return Shape(name, (_total(lengths), heads, width), options=options, **rest)
+    size, name = (_total(lengths), heads, width), rest.pop("name", lengths)
+    return Shape(name, size, options=options, tags=(lengths,), **rest)
 
 
 BENCHMARK = Benchmark(
@@ -106,7 +121,10 @@ BENCHMARK = Benchmark(
     ),
     inputs=inputs,
     run=run,
-    peers=(Peer("eager", eager, compiled=False),),
+    peers=(
+        Peer("eager", eager, compiled=False),
+        Peer("dense (ours)", dense, compiled=False, cost=dense_cost),
+    ),
     cost=cost,
     reduction=lambda shape: max(_LENGTHS[shape.options["lengths"]]) + 2 * shape.size[-1],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from udlkernels import functional
 from udlkernels.attention import patterns
 
 from ..declaration import Benchmark, Cost, Input, Peer, Shape
-from .shapes import terms
+from .shapes import products, terms
 
 # Of n blocks, by name.
 _PATTERNS = {
@@ -63,6 +64,18 @@ def eager(
     return torch_functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
+def dense(
+    q: Tensor, k: Tensor, v: Tensor, pattern: str, block_size: int = 64, causal: str | None = None
+) -> Any:
+    """Our attention over all the scores."""
+    return functional.attention(q, k, v, causal=causal)
+
+
+def dense_cost(shape: Shape, dtype: torch.dtype) -> Cost:
+    causal = shape.options.get("causal") is not None
+    return products(replace(shape, options={"is_causal": causal}), dtype)
+
+
 def cost(shape: Shape, dtype: torch.dtype) -> Cost:
     """Two products forward, five backward, over the scores that are seen."""
     options = shape.options
@@ -82,7 +95,9 @@ BENCHMARK = Benchmark(
     shapes=(
         Shape("longformer", (1, 12, 4096, 64), options={"pattern": "longformer"}),
         Shape("bigbird", (1, 12, 4096, 64), options={"pattern": "bigbird"}),
-        Shape("random-tenth", (1, 12, 4096, 64), options={"pattern": "sparse"}),
+        Shape(
+            "random-tenth", (1, 12, 4096, 64), options={"pattern": "sparse"}, tags=("tenth",)
+        ),
         Shape("sparse-transformer", (1, 8, 4096, 64), options={"pattern": "strided", **_CAUSAL}),
         Shape("dilated-decoder", (1, 8, 2048, 128), options={"pattern": "dilated", **_CAUSAL}),
         Shape(
@@ -97,7 +112,10 @@ BENCHMARK = Benchmark(
     ),
     inputs=inputs,
     run=run,
-    peers=(Peer("eager", eager, compiled=False),),
+    peers=(
+        Peer("eager", eager, compiled=False),
+        Peer("dense (ours)", dense, compiled=False, cost=dense_cost),
+    ),
     cost=cost,
     reduction=terms,
 )  # fmt: skip
