@@ -61,6 +61,7 @@ def restore(model: str, place: Path) -> Trained:
 def _latest(model: str, folder: Path) -> Path:
     found = [*folder.glob("checkpoints/*.pt"), *folder.glob("*.pt")]
     if not found:
-        expected = f"a trained model (first run: udlkernels train {model} --out {folder})"
+        out = "" if folder == Path("runs") / model else f" --out {folder}"
+        expected = f"a trained model (first run: udlkernels train {model}{out})"
         raise ArgumentError("sample", "checkpoint", expected, f"no checkpoint in {folder}")
     return max(found, key=lambda path: ("-udlkernels-" in path.name, path.stat().st_mtime))
