@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,11 @@ EXAMPLE = ROOT / "docs" / "example_op"
 COMMANDS = [
     pytest.param("pip install . && udlkernels bench --quick", id="bench"),
     pytest.param('pip install -e ".[dev]" && pytest -q', id="test"),
+]
+# A shape each, and how often a step runs on it.
+LADDERS = [
+    *(("layer_norm", shape, 16) for shape in ("5 67", "3 1", "7 256")),
+    *(("attention", shape, 26) for shape in ("5 67 24", "1 1 2", "100 129 34")),
 ]
 needs_library = pytest.mark.skipif(
     bool(_library.extension_error), reason="the C++ kernels are not built"
@@ -107,20 +113,38 @@ def test_pages_build_strictly(tmp_path):
     assert ":::" not in re.sub(r"<[^>]+>", "", page)
 
 
+@pytest.fixture(scope="module")
+def ladder(tmp_path_factory) -> Callable[[str], str]:
+    """The steps of a ladder, compiled by the command of its page."""
+
+    @functools.cache
+    def compiled(op: str) -> str:
+        page = (PAGES / f"ladder_{op}.md").read_text()
+        (command,) = re.findall(r"^c\+\+ .*$", page, flags=re.MULTILINE)
+        if not shutil.which("c++"):
+            pytest.skip("no C++ compiler of that name")
+        program = tmp_path_factory.mktemp("ladder") / op
+        command = command.replace(f"-o {op}_steps", f"-o {program}")
+        _run(["bash", "-c", command.replace("$(python ", f"$({sys.executable} ")], ROOT)
+        return str(program)
+
+    return compiled
+
+
 @needs_library
-def test_ladder_steps_are_right(tmp_path):
-    """Compiles by the command of the page, and runs it on sizes too small to be timed."""
-    (command,) = re.findall(
-        r"^c\+\+ .*$", (PAGES / "ladder_layer_norm.md").read_text(), flags=re.MULTILINE
-    )
-    if not shutil.which("c++"):
-        pytest.skip("no C++ compiler of that name")
-    program = tmp_path / "steps"
-    command = command.replace("-o layer_norm_steps", f"-o {program}")
-    _run(["bash", "-c", command.replace("$(python ", f"$({sys.executable} ")], ROOT)
-    for shape in (("5", "67"), ("3", "1"), ("7", "256")):
-        printed = _run([str(program), *shape], tmp_path)
-        assert printed.count("error") == 16, printed
+@pytest.mark.parametrize(("op", "shape", "steps"), LADDERS)
+def test_ladder_steps_are_right(op, shape, steps, ladder, tmp_path):
+    """On sizes too small to be timed; the program fails where a step is wrong."""
+    printed = _run([ladder(op), *shape.split()], tmp_path)
+    assert printed.count("error") + printed.count("left out") == steps, printed
+
+
+@needs_library
+def test_ladder_table_has_the_steps(ladder, tmp_path):
+    printed = _run([ladder("attention"), "--table", "5", "67", "24"], tmp_path)
+    rows = re.findall(r"^\|([^|]*)\|", printed, re.MULTILINE)
+    page = (PAGES / "ladder_attention.md").read_text()
+    assert rows == re.findall(r"^\|([^|]*)\|", page, re.MULTILINE)
 
 
 @needs_library
