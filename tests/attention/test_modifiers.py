@@ -15,6 +15,7 @@ from udlkernels import functional as U
 from udlkernels import testing
 from udlkernels.attention import modifiers
 from udlkernels.attention.attention import reference
+from udlkernels.attention.attention.op import _attend
 
 B, H, T = 2, 4, 19
 SLOPES = 0.5 ** torch.arange(1.0, H + 1)
@@ -303,6 +304,34 @@ def test_documents_lie_in_ranges_where_they_can():
     assert ranges.tolist() == torch.stack((torch.tensor(starts), torch.tensor(ends)), -1).tolist()
     assert modifiers.document(COMING_BACK).ranges is None
     assert modifiers.document(torch.stack((IDS, COMING_BACK))).ranges is None
+
+
+@pytest.mark.parametrize("window", [(0, 2**62, 2**62), (2, 9, 0)], ids=["all", "window"])
+def test_ranges_may_hold_anything(backend, dtype, window):
+    """Empty ones, reversed ones, and numbers beyond the keys, in the ops that take ranges."""
+    generator = torch.Generator().manual_seed(4)
+    ranges = torch.randint(-4, T + 9, (B, T, 2), generator=generator)
+    ranges[0, 3], ranges[0, 4], ranges[1, :2] = torch.tensor(
+        [[-(2**62), 2**62], [2**40, 5], [4, 4]]
+    )
+    ranges = ranges.to(backend.device)
+    blocks = torch.tensor([[1, 1, 0], [1, 0, 1], [0, 0, 0]], device=backend.device) > 0
+    bias = testing.make((1, H, T, T), dtype, device=backend.device, seed=8)
+    inputs = [*_inputs(dtype, backend.device), bias]
+    for given in (ranges, ranges[:1]):
+        for sparse in (dict(), dict(block_mask=blocks[None, None], block_size=7)):
+
+            def kernel(q, k, v, bias, given=given, sparse=sparse):
+                options = *window, 0.4, 0.0, 0.0, None, False, True
+                return _attend(q, k, v, None, bias, *(None,) * 3, *options, ranges=given, **sparse)
+
+            def formula(q, k, v, bias, given=given, sparse=sparse):
+                options = None, *window, 0.4, 0.0, 0.0
+                return reference.attend(
+                    q, k, v, None, bias, *(None,) * 3, *options, ranges=given, **sparse
+                )
+
+            testing.compare(kernel, formula, [formula], inputs, reduction=T * 2 + 14)
 
 
 def test_gradients_of_what_a_function_uses():
