@@ -47,10 +47,9 @@ def _problem(
     cu_seqlens_k: torch.Tensor, alibi_slopes: torch.Tensor | None, sinks: torch.Tensor | None,
     causal: int, *numbers: Any,
 ) -> Problem:  # fmt: skip
-    return Problem(
-        *(_one_sample(x) for x in (q, k, v)), None, None, None, alibi_slopes, sinks, None,
-        None, 0, causal, *numbers, cu_seqlens=(cu_seqlens_q, cu_seqlens_k),
-    )  # fmt: skip
+    samples: Any = [_one_sample(x) for x in (q, k, v)]
+    options: Any = (*[None] * 3, alibi_slopes, sinks, None, None, 0, causal, *numbers)
+    return Problem(*samples, *options, cu_seqlens=(cu_seqlens_q, cu_seqlens_k))
 
 
 def attention_varlen_fwd(

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from udlkernels._aot import Entry
-from udlkernels.attention.attention.tile_kernels import TARGETS, WIDE_STRIDE, _padded, strides
+from udlkernels.attention.attention.tile_kernels import TARGETS, WIDE_STRIDE, padded, strides
 
 __all__ = ["strides"]
 
@@ -307,8 +307,8 @@ def constants(
     return dict(
         FEATURE=feature, PRECISION=launch.precision,
         ACC=tl.float64 if acc == torch.float64 else tl.float32, D=width, DV=v_width,
-        CHUNK=launch.chunk, BLOCK_D=min(launch.block, _padded(width)),
-        BLOCK_DV=min(launch.block, _padded(v_width)),
+        CHUNK=launch.chunk, BLOCK_D=min(launch.block, padded(width)),
+        BLOCK_DV=min(launch.block, padded(v_width)),
     )  # fmt: skip
 
 
