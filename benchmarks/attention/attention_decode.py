@@ -19,7 +19,7 @@ def inputs(shape: Shape) -> Mapping[str, Input]:
     """The shape is that of the cache [B, S, Hkv, D], which is full."""
     batch, _, _, width = shape.size
     query = (batch, shape.options["queries"], shape.options["heads"], width)
-    sizes = {"q": query, "k_cache": shape.size, "v_cache": shape.size}
+    sizes = {"k_cache": shape.size, "v_cache": shape.size, "q": query}
     return {name: Input(size, grad=False) for name, size in sizes.items()}
 
 

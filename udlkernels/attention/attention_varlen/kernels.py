@@ -47,9 +47,12 @@ def _problem(
     cu_seqlens_k: torch.Tensor, alibi_slopes: torch.Tensor | None, sinks: torch.Tensor | None,
     causal: int, *numbers: Any,
 ) -> Problem:  # fmt: skip
-    samples: Any = [_one_sample(x) for x in (q, k, v)]
-    options: Any = (*[None] * 3, alibi_slopes, sinks, None, None, 0, causal, *numbers)
-    return Problem(*samples, *options, cu_seqlens=(cu_seqlens_q, cu_seqlens_k))
+    left, right, scale, softcap, dropout_p, seed = numbers
+    return Problem(
+        _one_sample(q), _one_sample(k), _one_sample(v), None, None, None, alibi_slopes, sinks,
+        None, None, 0, causal, left, right, scale, softcap, dropout_p, seed,
+        cu_seqlens=(cu_seqlens_q, cu_seqlens_k),
+    )  # fmt: skip
 
 
 def attention_varlen_fwd(
