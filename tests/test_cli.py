@@ -99,6 +99,14 @@ def test_explain_names_the_implementation(op, shape):
     assert result.output.startswith(f"{op}: ")
 
 
+def test_explain_hands_options_to_the_op():
+    shape = ("explain", "attention", "--shape", "1x2x8x4")
+    options = ("--option", "causal=top_left", "--option", "window=3,None")
+    assert _invoke(*shape, *options).output.startswith("attention: kernel")
+    result = _invoke(*shape, "--option", "window=-1,2")
+    assert result.exit_code != 0 and "window: expected" in result.output
+
+
 def test_explain_json_gives_reasons():
     options = ("--shape", "64x128", "--implementation", "torch", "--json")
     choice = json.loads(_invoke("explain", "rms_norm", *options).output)["choices"][0]
@@ -111,6 +119,11 @@ BAD = [
     pytest.param(("explain", "rms_norm", "--shape", "4", "--dtype", "x"), "dtype", id="dtype"),
     pytest.param(("explain", "rms_nrom", "--shape", "4x4"), "rms_norm", id="op"),
     pytest.param(("explain", "normalization", "--shape", "4x4"), "one op", id="family"),
+    pytest.param(
+        ("explain", "attention", "--shape", "1x2x8x4", "--option", "causal"),
+        "NAME=VALUE",
+        id="option",
+    ),
     pytest.param(("kernels", "--target", "h100"), "sm_NN", id="target"),
 ]
 

@@ -23,8 +23,8 @@ def inputs(shape: Shape) -> Mapping[str, Input]:
     return found | {"bias": Input((1, heads, length, length), "small")}
 
 
-def run(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, implementation: str) -> Any:
-    return functional.attention(q, k, v, bias=bias, implementation=implementation)
+def run(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, implementation: str, **options: Any) -> Any:
+    return functional.attention(q, k, v, bias=bias, implementation=implementation, **options)
 
 
 def eager(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Any:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import json
 from dataclasses import asdict
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from udlkernels.benchmarks.declaration import Benchmark
 
 
 def explain(
@@ -16,12 +20,17 @@ def explain(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     layout: Annotated[str, typer.Option(help="contiguous or channels_last.")] = "contiguous",
     implementation: Annotated[str, typer.Option(help="auto, kernel, torch or reference.")] = "auto",
+    option: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="An argument of the op; repeat for several."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Run one call and name the implementation it takes, with the reasons against the others.
 
     Examples: udlkernels explain rms_norm --shape 4096x768 --dtype bf16;
-    udlkernels explain group_norm --shape 2x320x64x64 --layout channels_last
+    udlkernels explain group_norm --shape 2x320x64x64 --layout channels_last;
+    udlkernels explain attention --shape 1x8x512x64 --option causal=top_left --option window=64,None
     """
     import torch
 
@@ -37,7 +46,7 @@ def explain(
     declared = next((b for b in benchmarks() if b.op == op), None) or benchmarks(op)[0]
     if declared.op != op:
         raise ArgumentError("explain", "op", "one op", f"the family {op}")
-    asked = Shape("asked", _size(shape), layout=layout, options=declared.shapes[0].options)
+    asked = Shape("asked", _size(shape), layout=layout, options=_options(declared, option))
     arguments = draw(Row(declared, asked, DTYPES[dtype]), torch.device(device))
     explanation = explain_call(
         declared.run, **arguments, **asked.options, implementation=implementation
@@ -50,6 +59,22 @@ def explain(
     if device == "cpu" and any(c.implementation == "kernel" for c in explanation.choices):
         threads = torch.get_num_threads()
         typer.echo(f"instruction set {_library.isa_active()}, {threads} threads")
+
+
+def _options(declared: Benchmark, given: list[str] | None) -> dict[str, Any]:
+    """Those of the op's first shape, and what the command line sets; a value is Python's, or text."""
+    from udlkernels._errors import ArgumentError
+
+    found = dict(declared.shapes[0].options)
+    for text in given or []:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise ArgumentError("explain", "option", "NAME=VALUE", text)
+        try:
+            found[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            found[name] = value
+    return found
 
 
 def _size(text: str) -> tuple[int, ...]:
