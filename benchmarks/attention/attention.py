@@ -13,7 +13,6 @@ from udlkernels import functional
 from ..declaration import Benchmark, Input, Peer, Shape
 from .shapes import products, terms
 
-
 # Where PyTorch's path has scores that weigh more than queries, keys and values.
 _LONG = ("T>=256",)
 
