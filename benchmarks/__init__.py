@@ -6,11 +6,12 @@ import difflib
 import importlib
 import pkgutil
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from udlkernels._errors import ArgumentError
 
 if TYPE_CHECKING:
+    from .curve import Curve
     from .declaration import Benchmark, Case, OverheadCase
 
 FAMILIES = ("normalization", "attention")
@@ -22,7 +23,7 @@ def benchmarks(selection: str | None = None) -> list[Benchmark]:
     Raises:
         ArgumentError: where nothing has that name.
     """
-    every = [benchmark for family in FAMILIES for benchmark in _declared(family)]
+    every: list[Benchmark] = [*_found("BENCHMARK")]
     chosen = [b for b in every if selection in (None, b.family, b.op)]
     if not chosen:
         known = sorted({name for b in every for name in (b.family, b.op)})
@@ -43,11 +44,25 @@ def cases(selection: str | None = None) -> tuple[list[Case], list[OverheadCase]]
     return goals, overheads
 
 
-def _declared(family: str) -> Iterator[Benchmark]:
-    package = importlib.import_module(f"{__name__}.{family}")
-    for module in pkgutil.iter_modules(package.__path__):
-        declared = getattr(
-            importlib.import_module(f"{package.__name__}.{module.name}"), "BENCHMARK", None
-        )
-        if declared is not None:
-            yield declared
+def curves(selection: str | None = None) -> list[Curve]:
+    """The curves over lengths that are declared, or the one of that name.
+
+    Raises:
+        ArgumentError: where none has that name.
+    """
+    every: list[Curve] = [*_found("CURVE")]
+    chosen = [curve for curve in every if selection in (None, curve.name)]
+    if not chosen:
+        names = " or ".join(curve.name for curve in every)
+        raise ArgumentError("bench", "curve", names, selection)
+    return chosen
+
+
+def _found(name: str) -> Iterator[Any]:
+    """What the modules of all families declare under a name."""
+    for family in FAMILIES:
+        package = importlib.import_module(f"{__name__}.{family}")
+        for found in pkgutil.iter_modules(package.__path__):
+            module = importlib.import_module(f"{package.__name__}.{found.name}")
+            if hasattr(module, name):
+                yield getattr(module, name)

@@ -23,18 +23,27 @@ Line = Sequence["Cell | str"]
 
 def show(run: Run, results: Sequence[Outcome]) -> None:
     """Rows by op, then the cases, then what could not be counted."""
-    print(_heading(run))
-    if (run.environment["load"] or 0.0) > BUSY_LOAD:
-        print(f"load {run.environment['load']} before the start: other programs disturb the times")
+    heading(run)
     for op in dict.fromkeys(row.op for row in run.rows):
         table(op, ROW_COLUMNS, [_row_line(row) for row in run.rows if row.op == op])
     if run.default_allocator:
         lines = [_row_line(row) for row in run.default_allocator]
         table("the same with the default allocator", ROW_COLUMNS, lines)
     if results:
-        table("cases", CASE_COLUMNS, [_case_line(outcome) for outcome in results])
-        asked = [outcome for outcome in results if outcome.passed is not None]
-        print(f"{sum(bool(o.passed) for o in asked)} of {len(asked)} cases met")
+        cases(results)
+
+
+def heading(run: Run) -> None:
+    """Where and on what it ran, and whether other programs disturbed it."""
+    print(_heading(run))
+    if (run.environment["load"] or 0.0) > BUSY_LOAD:
+        print(f"load {run.environment['load']} before the start: other programs disturb the times")
+
+
+def cases(results: Sequence[Outcome]) -> None:
+    table("cases", CASE_COLUMNS, [_case_line(outcome) for outcome in results])
+    asked = [outcome for outcome in results if outcome.passed is not None]
+    print(f"{sum(bool(o.passed) for o in asked)} of {len(asked)} cases met")
 
 
 ROW_COLUMNS = ("row", "ours", "GB/s", "copy", "cached", "eager", "compile", "memory", "")

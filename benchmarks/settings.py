@@ -19,6 +19,7 @@ from .timing import Budget
 EXAMPLES = """examples:
   udlkernels bench --quick                          the normalization family in a minute
   udlkernels bench rms_norm --full --dtype bf16     every shape of one op
+  udlkernels bench attention --curve                how time and memory grow with the length
   udlkernels bench --row rms_norm/gpt2-4096x768/bf16/step
 """
 
@@ -36,11 +37,12 @@ class Settings:
     json: bool = False
     default_allocator: bool = False
     history: Path | None = None
+    curve: bool = False
 
     @property
     def budget(self) -> Budget:
         """For one mode of one row."""
-        if self.rows:
+        if self.rows or self.curve:
             return Budget(seconds=0.5, least=9, most=100)
         if self.full:
             return Budget(seconds=0.15, least=7, most=50)
@@ -69,6 +71,9 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
     effort = parser.add_mutually_exclusive_group()
     effort.add_argument("--quick", action="store_true", help="a shape or two of each op (default)")
     effort.add_argument("--full", action="store_true", help="every row and the table of goals")
+    effort.add_argument(
+        "--curve", action="store_true", help="time and memory over the length, of the op named"
+    )
     add("--dtype", action="append", choices=DTYPES, default=[], help="repeat for several")
     add("--threads", type=int, help="PyTorch's threads (its own choice)")
     add("--out", type=Path, default=Settings.out, help="folder for results (%(default)s)")

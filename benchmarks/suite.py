@@ -16,13 +16,15 @@ import torch
 
 from udlkernels._errors import ArgumentError
 
-from . import benchmarks, cases, chart, environment, history, precompile, report, summary
+from . import benchmarks, cases, chart, curves, environment, history, precompile, report, summary
+from . import curve as growth
 from .allocator import allocator
-from .declaration import Row
+from .curve import PHASES, Curve
+from .declaration import DTYPES, Row
 from .progress import Progress
 from .results import Measured, Run, read_rows, write_atomically
 from .runner import Runner, scaling
-from .settings import Settings, plan
+from .settings import Plan, Settings, plan
 
 
 def run(settings: Settings) -> int:
@@ -31,6 +33,8 @@ def run(settings: Settings) -> int:
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # no GPU is no news
     device = _device(settings)
     torch.set_num_threads(settings.threads or torch.get_num_threads())
+    if settings.curve:
+        return max(_curve(settings, device, curve) for curve in curves(settings.selection))
     surroundings = environment.describe(device)
     planned = plan(settings)
     runner = Runner(planned, device, settings.budget)
@@ -66,6 +70,31 @@ def run(settings: Settings) -> int:
             print("no picture: no row that counts, or no matplotlib")
     for fall in fallen:
         print(f"fallen twice running: {fall}", file=sys.stderr)
+    return int(any(_is_broken(row) for row in rows))
+
+
+def _curve(settings: Settings, device: torch.device, curve: Curve) -> int:
+    """The same for one op over its lengths."""
+    started = time.perf_counter()
+    planned = Plan(curve.rows([DTYPES[name] for name in settings.dtypes]), phases=PHASES)
+    runner = Runner(planned, device, settings.budget)
+    surroundings = environment.describe(device)
+    with Progress(len(planned.rows)) as progress:
+        rows = list(runner.run(progress.advance))
+    found = Run(surroundings, _as_json(settings), runner.ceilings_found(), rows)
+    results = growth.outcomes(curve, rows)
+    found.cases = [asdict(outcome) for outcome in results]
+    found.seconds = round(time.perf_counter() - started, 1)
+    path = settings.out / f"curve-{curve.name}.json"
+    write_atomically(path, found.to_json())
+    drawn = growth.draw(curve, rows, path.with_suffix(".png"))
+    if settings.json:
+        print(found.to_json())
+    else:
+        report.heading(found)
+        growth.show(curve, rows)
+        report.cases(results)
+        print(f"written: {path}" + (f", {path.stem}.png" if drawn else ""))
     return int(any(_is_broken(row) for row in rows))
 
 

@@ -137,6 +137,74 @@ def test_slower_than_compiled_fails():
     assert not _outcome([_measured(samples=samples)], goal=3.0).passed
 
 
+LONG = dataclasses.replace(ALL[0].shapes[0], name="long", tags=("causal", "T>=2048"))
+
+
+@pytest.mark.parametrize(
+    ("where", "covered"),
+    [((), True), (("causal",), True), (("long", "causal"), True), (("causal", "short"), False)],
+)
+def test_case_names_shapes_by_all_its_words(where, covered):
+    case = Case("rms_norm", "step", torch.float32, where=where)
+    assert case.covers("rms_norm", "step", "fp32", "contiguous", LONG.words) is covered
+
+
+def test_case_of_some_shapes_leaves_out_the_others():
+    rows = [
+        _measured(eager=[9.0], words=["a", "causal"]),
+        _measured(eager=[1.5], words=["b", "full"], shape="b"),
+    ]
+    causal = Case("rms_norm", "step", torch.float32, 4.0, where=("causal",))
+    declared = [b for b in ALL if b.op == "rms_norm"]
+    found = {o.case: o for o in summary.outcomes(rows, declared, [causal], [], {})}
+    assert found["rms_norm step fp32 causal"].passed
+    assert found["rms_norm step fp32 causal"].rows == "1 of 1"
+    assert found["rms_norm step fp32"].rows == "2 of 2"  # shown all the same
+
+
+@pytest.mark.parametrize(
+    ("dense", "per_flop", "passed"),
+    [
+        pytest.param(6.0, False, True, id="time"),
+        pytest.param(5.9, False, False, id="time-below"),
+        pytest.param(59.0, True, False, id="flops-below"),
+        pytest.param(60.0, True, True, id="flops"),
+    ],
+)
+def test_case_may_be_a_ratio_to_another_peer(dense, per_flop, passed):
+    samples = {"ours": [1.0], "eager": [0.5], "dense": [dense], "copy": [0.1]}
+    row = _measured(samples=samples, flops=10, peer_flops={"dense": 100})
+    case = Case(
+        "rms_norm", "step", torch.float32, 6.0, peer="dense", per_flop=per_flop, where=("a",)
+    )
+    row.words = ["a"]
+    found = summary.outcomes([row], [], [case], [], {})
+    assert [(outcome.case, outcome.passed) for outcome in found] == [(case.name, passed)]
+
+
+@pytest.mark.parametrize(("ratio", "passed"), [(0.9, True), (0.8, False)])
+def test_goal_below_one_is_no_loss(ratio, passed):
+    assert _outcome([_measured(eager=[ratio], copy=[0.1])], goal=0.85).passed is passed
+
+
+@pytest.mark.parametrize(("ours", "passed"), [(1, True), (2, False)])
+def test_case_may_limit_the_memory_of_every_shape(ours, passed):
+    rows = [
+        _measured(eager=[9.0], memory={"ours": 1, "eager": 9}),
+        _measured(eager=[9.0], memory={"ours": ours, "eager": 4}, shape="b"),
+    ]
+    case = Case("rms_norm", "step", torch.float32, 2.0, memory=0.25)
+    (found,) = summary.outcomes(rows, [], [case], [], {})
+    assert found.passed is passed
+    assert f"memory {ours / 4:.2f}x" in found.measured
+
+
+def test_case_of_memory_fails_where_none_was_measured():
+    case = Case("rms_norm", "step", torch.float32, 2.0, memory=0.25)
+    (found,) = summary.outcomes([_measured(eager=[9.0], memory={})], [], [case], [], {})
+    assert not found.passed
+
+
 def _other(text, rows, **options):
     declared = [b for b in ALL if b.op in ("rms_norm", "add_rms_norm")]
     overheads = [OverheadCase("rms_norm", "step", 4.0)]
@@ -154,7 +222,7 @@ def test_overhead_is_counted_in_microseconds(extra, passed):
 def test_odd_widths_are_held_against_their_twins(seconds, passed):
     rows = [
         _measured(ours=[1.0], group="odd", shape="round"),
-        _measured(ours=[seconds], group="odd", shape="odd", twin="round"),
+        _measured(ours=[seconds / 2], group="odd", shape="odd", twin="round", floor=0.25),
     ]
     assert _other("odd sizes", rows).passed is passed
 
@@ -260,6 +328,13 @@ def test_json_holds_raw_samples_and_is_read_back(tmp_path):
     assert read_rows(tmp_path / "bench.json") == [row]
 
 
+def test_rows_of_an_older_file_are_read(tmp_path):
+    found = json.loads(Run({}, {}, {}, [_measured()]).to_json())
+    del found["rows"][0]["words"]
+    (tmp_path / "bench.json").write_text(json.dumps(found))
+    assert read_rows(tmp_path / "bench.json") == [_measured()]
+
+
 def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "bench.json"
     write_atomically(path, "old")
@@ -297,7 +372,9 @@ def test_table_shows_wins_losses_and_reasons(capsys, monkeypatch, installed):
         _measured(id="rms_norm/bad/fp32/step", samples={}, flags=["wrong"], notes=["grad x: 9"]),
         _measured(id="rms_norm/back/fp32/step", flags=["torch"]),
         _measured(id="rms_norm/fast/fp32/step", flags=["suspect"]),
+        _measured(id="rms_norm/more/fp32/step", shape="more"),
     ]
+    rows[-1].samples["dense (ours)"] = [7.0]
     surroundings = {**environment.describe(torch.device("cpu")), "load": 3.0}
     goals = [Case("rms_norm", "step", torch.float32, goal=3.0)]
     found = summary.outcomes(rows, [b for b in ALL if b.op == "rms_norm"], goals, [], {})
@@ -312,6 +389,7 @@ def test_table_shows_wins_losses_and_reasons(capsys, monkeypatch, installed):
     assert "wrong, grad x: 9" in line("bad/fp32/step")
     assert "counts for nothing" in line("back/fp32/step")
     assert "suspect" in line("fast/fp32/step") and "2.00x" not in line("fast/fp32/step")
+    assert "7.00x [7.00, 7.00] of dense (ours)" in line("more/fp32/step")
     assert "not met" in line("rms_norm step fp32")
     assert line("load 3.0")
 

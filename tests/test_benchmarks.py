@@ -35,17 +35,18 @@ def _eager(x):
     return x * x.sigmoid()
 
 
-def _benchmark(run, *, size=(32, 64), cost=None, peer=_eager):
+def _benchmark(run, *, size=(32, 64), cost=None, peer=_eager, grad=True, more=(), **options):
     """A made-up op, silu, whose public function is `run`."""
     moved = 8 * math.prod(size)
     return Benchmark(
         op="silu",
         family="made-up",
         shapes=(Shape("small", size, quick=True),),
-        inputs=lambda shape: {"x": Input(shape.size)},
+        inputs=lambda shape: {"x": Input(shape.size, grad=grad)},
         run=lambda x, implementation: _eager(x) if implementation == "reference" else run(x),
-        peers=(Peer("eager", peer),),
-        cost=lambda shape, dtype: cost or Cost(moved, moved),
+        peers=(Peer("eager", peer), *more),
+        cost=lambda shape, dtype: cost or Cost(moved, moved, 4, 8),
+        **options,
     )
 
 
@@ -104,18 +105,37 @@ def test_tiny_row_passes_its_gate(declared):
 
 
 def test_goals_name_declared_rows():
-    goals, overheads = cases("normalization")
+    goals, overheads = cases()
     known = {b.op: b for b in ALL}
     for case in goals:
-        layouts = {shape.layout for shape in known[case.op].shapes}
-        assert case.layout is None or case.layout in layouts
-        assert case.dtype in known[case.op].dtypes
+        declared = known[case.op]
+        model = [shape for shape in declared.shapes if shape.group == "model"]
+        assert case.layout in (None, *(shape.layout for shape in model))
+        assert case.dtype in declared.dtypes
+        named = [shape for shape in model if set(case.where) <= set(shape.words)]
+        assert named, case.name
+        assert all(case.phase in Row(declared, shape, case.dtype).phases for shape in named)
+        assert case.peer in {peer.name for peer in declared.peers}, case.name
     assert {case.op for case in overheads} <= set(known)
 
 
 def test_unknown_name_suggests_a_known_one():
     with pytest.raises(ArgumentError, match=r"expected .*rms_norm.*, got rms_nrom"):
         benchmarks("rms_nrom")
+
+
+def test_padded_sentences_are_fewer_scores_and_pass_their_gate():
+    declared = next(b for b in ALL if b.op == "scaled_dot_product_attention")
+    padded = Shape("padded", (3, 2, 16, 8), tags=("padded",))
+    whole = Shape("whole", (3, 2, 16, 8))
+    row = Row(declared, padded, torch.float32)
+    arguments = draw(row, CPU)
+    seen = arguments["mask"].sum() * 16
+    assert arguments["mask"].dtype == torch.bool
+    assert arguments["mask"][0].all() and not arguments["mask"].all()
+    cost, wider = (declared.cost(shape, torch.float32) for shape in (padded, whole))
+    assert cost.forward_flops == 2 * 2 * 2 * 8 * seen < wider.forward_flops
+    assert gate.check(row, arguments).flags == []
 
 
 # Inputs and contestants
@@ -233,6 +253,33 @@ def test_runner_measures_every_phase_of_every_contestant():
     assert found["step"].seconds() > found["backward"].seconds() > 0
 
 
+def test_op_that_only_reads_is_held_against_a_read():
+    row = _row(torch.nn.functional.silu, traffic="read")
+    runner = Runner(Plan([row], phases=("step",)), CPU, ONCE)
+    (found,) = runner.run()
+    assert set(found.samples) == {"ours", "eager", "read"}
+    assert found.share == max(found.seconds("read"), found.computing) / found.seconds()
+    bandwidth = runner.ceilings.bandwidth(found.bytes // 2)
+    assert found.floor == pytest.approx(max(found.bytes / bandwidth.read, found.computing))
+
+
+def test_op_without_gradients_is_measured_forward_only():
+    row = _row(torch.nn.functional.silu, grad=False)
+    (found,) = Runner(Plan([row]), CPU, ONCE).run()
+    assert found.phase == "forward"
+    assert found.counts
+
+
+def test_further_peer_may_have_other_work():
+    dense = Peer("dense (ours)", _eager, cost=lambda shape, dtype: Cost(0, 0, 40, 40))
+    row = _row(torch.nn.functional.silu, more=[dense])
+    found = {m.phase: m for m in Runner(Plan([row]), CPU, ONCE).run()}
+    assert found["step"].peers == ["eager", "dense (ours)"]
+    assert found["step"].peer_flops == {"dense (ours)": 80}
+    ratio = found["step"].ratio("dense (ours)")[0]
+    assert found["step"].speed_ratio("dense (ours)") == pytest.approx(ratio * 12 / 80)
+
+
 def test_overhead_rows_run_on_one_thread():
     seen = set()
 
@@ -306,6 +353,15 @@ def test_every_row_can_be_named():
 def test_selection_by_dtype():
     rows = plan(parse(["rms_norm", "--dtype", "bf16", "--no-compile"])).rows
     assert {row.dtype for row in rows if row.shape.group == "model"} == {torch.bfloat16}
+
+
+def test_phase_that_a_row_lacks_is_refused(monkeypatch):
+    declared = _benchmark(_eager, grad=False)
+    monkeypatch.setattr("udlkernels.benchmarks.settings.benchmarks", lambda: [declared])
+    named = plan(parse(["--row", "silu/small-32x64/fp32"]))
+    assert named.compiled == {("silu/small-32x64/fp32", "forward")}
+    with pytest.raises(ArgumentError, match="row: expected an id that the table shows"):
+        plan(parse(["--row", "silu/small-32x64/fp32/step"]))
 
 
 def test_unknown_row_is_refused():

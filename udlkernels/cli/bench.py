@@ -19,6 +19,9 @@ def bench(
             "--full/--quick", help="Every row and the table of goals, or a shape or two of each op."
         ),
     ] = False,
+    curve: Annotated[
+        bool, typer.Option("--curve", help="Time and memory over the length, of the op named.")
+    ] = False,
     dtype: Annotated[
         list[str] | None, typer.Option(help="fp32, bf16, fp16 or fp64; repeat for several.")
     ] = None,
@@ -52,10 +55,12 @@ def bench(
     A result is checked before it is timed. The exit code is 1 where one is wrong.
 
     Examples: udlkernels bench --quick; udlkernels bench rms_norm --full --dtype bf16;
+    udlkernels bench attention --curve;
     udlkernels bench --row rms_norm/gpt2-4096x768/bf16/step
     """
     arguments = [] if selection is None else [selection]
-    arguments += ["--full"] if full else ["--quick"]
+    efforts = {"--full": full, "--curve": curve}
+    arguments += [name for name, wanted in efforts.items() if wanted] or ["--quick"]
     for name, values in (("--dtype", dtype), ("--row", row)):
         for value in values or []:
             arguments += [name, value]
