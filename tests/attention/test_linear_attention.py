@@ -28,8 +28,8 @@ SHAPES = [
     (1, 1, 1, 200, 100, 5),
     (1, 1, 1, 70, 200, 130),
 ]
-SMALL = [(2, 4, 2, 5, 8, 12), (1, 2, 1, 70, 20, 24), (1, 1, 1, 66, 50, 40)]
-ONE_SMALL, ONE = (2, 4, 2, 35, 16, 24), (2, 4, 2, 90, 16, 24)
+SMALL = [(2, 4, 2, 5, 8, 12), (1, 2, 1, 70, 20, 16), (1, 1, 1, 34, 34, 40)]
+ONE_SMALL, ONE = (1, 2, 1, 35, 16, 8), (2, 4, 2, 90, 16, 24)
 
 
 def _wide(dtype):
@@ -96,7 +96,7 @@ def test_values_and_gradients(every_backend, dtype, causal):
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 def test_state(backend, dtype, causal):
     """The state given joins the sums, the one returned has all keys; both have gradients."""
-    for shape in SMALL[1:] if backend.small else SHAPES[:5]:
+    for shape in SMALL[1:2] if backend.small else SHAPES[:5]:
         tensors = _inputs(shape, dtype, backend.device)
         _compare(shape, tensors, causal=causal, return_state=True)
         tensors += _state(shape, dtype, backend.device)
