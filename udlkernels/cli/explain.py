@@ -62,7 +62,7 @@ def explain(
 
 
 def _options(declared: Benchmark, given: list[str] | None) -> dict[str, Any]:
-    """Those of the op's first shape, and what the command line sets; a value is Python's, or text."""
+    """Those of the op's first shape, and those given: values are Python's, or text."""
     from udlkernels._errors import ArgumentError
 
     found = dict(declared.shapes[0].options)
