@@ -10,16 +10,11 @@ import triton
 import triton.language as tl
 
 from udlkernels.attention.attention.backward_kernels import row_values, score_gradient
+from udlkernels.attention.attention.launch_tables import ALIBI, BIAS, HALF_HEAVY, LEFT, MASK, RIGHT
 from udlkernels.attention.attention.sparse_kernels import RANGES, blocks_seen, row_ranges
 from udlkernels.attention.attention.tile_kernels import (
-    ALIBI,
-    BIAS,
-    HALF_HEAVY,
-    LEFT,
     LOG2E,
-    MASK,
     PLAIN,
-    RIGHT,
     Problem,
     entry,
     key_blocks,

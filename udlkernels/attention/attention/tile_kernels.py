@@ -7,7 +7,6 @@ are in base 2 (log2(e) is part of `factor`, `cap`, the slope and the bias), so t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,103 +15,27 @@ import triton.language as tl
 
 from udlkernels._aot import Entry
 from udlkernels._philox import threshold
+from udlkernels.attention.attention.launch_tables import (
+    ALIBI,
+    BIAS,
+    HEAVY,
+    LEFT,
+    LENGTHS,
+    MASK,
+    RIGHT,
+    SINKS,
+    SOFTCAP,
+    TARGETS,
+    WIDE_STRIDE,
+    Tile,
+    pick,
+    tiles_fit,
+)
 from udlkernels.attention.attention.sparse_kernels import BLOCKS, RANGES, TILES, in_range, narrowed
 from udlkernels.normalization._row_kernels import dropout_keeps
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-# Bits of MODE, one for each thing that a kernel has to do beyond softmax(q k) v.
-MASK = tl.constexpr(1)
-BIAS = tl.constexpr(2)
-ALIBI = tl.constexpr(4)
-SOFTCAP = tl.constexpr(8)
-LEFT = tl.constexpr(16)
-RIGHT = tl.constexpr(32)
-LENGTHS = tl.constexpr(64)
-SINKS = tl.constexpr(128)
-# Any of them can mask any single key, so a row of a loaded tile may be one that nobody sees.
-SELECTS = tl.constexpr(MASK.value | BIAS.value | BLOCKS.value)
-# Bits that want registers: the launch takes smaller tiles.
-HEAVY = SELECTS.value | SOFTCAP.value | RANGES.value
-# Rows this far apart need 64-bit offsets inside a tile of 128 rows too.
-WIDE_STRIDE = 2**23
-
-
-@dataclass(frozen=True)
-class Tile:
-    """BLOCK_M queries by BLOCK_N keys, and how a program runs."""
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-
-
-@dataclass(frozen=True)
-class Launch:
-    """Tiles for heads up to `limit` wide."""
-
-    limit: int
-    forward: Tile
-    dkdv: Tile
-    dq: Tile
-
-
-# Where the tables hold: none of their entries spills there. On sm_100 two of 51 spill 8 bytes; on
-# gfx942 half of them spill, so op.py does not take AMD GPUs.
-TARGETS = ("sm_80", "sm_90")
-
-# One set of tables for all GPUs: tiles, and with them the orders of all sums, depend on type, width
-# and MODE alone. Sizes follow from compiled code, not from timings.
-# 128 x 64 at 8 warps take 110 to 240 registers in the forward; dk and dv are two accumulators that
-# fill the registers already at 64 x 64.
-HALF = (
-    Launch(64, Tile(128, 64, 8, 2), Tile(32, 64, 4, 2), Tile(128, 64, 8, 2)),
-    Launch(128, Tile(128, 64, 8, 2), Tile(32, 64, 4, 1), Tile(128, 32, 8, 2)),
-    Launch(256, Tile(64, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
-    Launch(512, Tile(32, 16, 8, 1), Tile(16, 16, 8, 2), Tile(16, 16, 8, 1)),
-)
-# What HEAVY modes and dropout compute beside the products lies in the registers too: a quarter of
-# the tile.
-HALF_HEAVY = (
-    Launch(64, Tile(64, 32, 4, 2), Tile(32, 32, 4, 2), Tile(64, 32, 4, 2)),
-    Launch(128, Tile(64, 32, 4, 2), Tile(32, 32, 4, 2), Tile(64, 32, 8, 1)),
-    Launch(256, Tile(32, 32, 8, 1), Tile(16, 32, 8, 2), Tile(32, 32, 8, 1)),
-    Launch(512, Tile(32, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
-)
-# float32 in full precision has no tensor cores: a product is fused multiply-adds on operands from
-# shared memory, and small tiles keep them in registers; beyond 128 wide the backward spills.
-SINGLE = (
-    Launch(64, Tile(32, 16, 4, 1), Tile(16, 16, 8, 1), Tile(16, 32, 8, 1)),
-    Launch(128, Tile(32, 32, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
-    Launch(256, Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
-    Launch(512, Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
-)
-# With ranges, or blocks that cut tiles.
-SINGLE_SPARSE = (
-    Launch(64, Tile(32, 16, 4, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
-    Launch(512, Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
-)
-# Blocks of a block mask whose size is a multiple of 64 are made of these tiles, and a tile that is
-# not seen costs a branch. Beyond 256 that branch is what makes the backward spill.
-HALF_TILES = (
-    Launch(64, Tile(64, 64, 4, 2), Tile(32, 64, 4, 2), Tile(64, 64, 4, 2)),
-    Launch(128, Tile(64, 64, 4, 2), Tile(32, 64, 4, 1), Tile(64, 64, 8, 2)),
-    HALF[2],
-)
-DOUBLE = (Launch(512, Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),)
-
-
-def pick(dtype: torch.dtype, width: int, mode: int, drops: bool) -> Launch:
-    heavy, sparse = drops or (mode & HEAVY) != 0, mode & (RANGES.value | BLOCKS.value)
-    half = HALF_TILES if mode & TILES.value else HALF_HEAVY if heavy else HALF
-    table = {8: DOUBLE, 4: SINGLE_SPARSE if sparse else SINGLE}.get(dtype.itemsize, half)
-    return next(launch for launch in table if width <= launch.limit)
-
-
-def tiles_fit(dtype: torch.dtype, width: int, block_size: int) -> bool:
-    """Whether blocks of this size are made of the tiles of `HALF_TILES`."""
-    return dtype.itemsize == 2 and width <= HALF_TILES[-1].limit and block_size % 64 == 0
 
 
 @triton.jit
@@ -201,23 +124,24 @@ def tile_count(rows, cu_ptr, samples, BLOCK: tl.constexpr):
 def placed(
     tile, unit, own, other, heads, cu_own_ptr, cu_other_ptr, samples, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Where a tile of queries (or keys) lies, whose rows are `own` and meet `other` rows.
+    """Where a tile of queries (or keys) lies: own are its rows, other those that they meet.
 
-    Gives the sample (in memory, and of its slopes) and head, the tile's first row, and start and
-    count of the sample's own and other rows. Packed sequences have number floor(start / BLOCK) + b
-    for their first tile, which leaves room for all and grows with b: the owner of a tile is found
-    by counting. Rows behind the last sequence are one more of them, which meets nothing.
+    Gives the sample and head, that of the slopes, the tile's first row, and the start and count of
+    the sample's own and other rows. Packed sequences have number floor(start / BLOCK) + b for their
+    first tile, which leaves room for all and grows with b: the owner of a tile is found by
+    counting. Rows behind the last sequence are one more of them, which meets nothing.
     """
     if cu_own_ptr is None:
         zero = unit * 0
-        return unit // heads, unit // heads, unit % heads, tile * BLOCK, zero, own, zero, other
+        return unit // heads, unit % heads, unit, tile * BLOCK, zero, own, zero, other
     else:
-        b = tl.program_id(0) * 0 - 1
-        for n in range(tl.cdiv(samples + 1, 128)):
-            s = n * 128 + tl.arange(0, 128)
-            start = tl.load(cu_own_ptr + s, mask=s <= samples, other=0)
-            b += tl.sum(((s <= samples) & (start // BLOCK + s <= tile)).to(tl.int32), 0)
-        b = tl.maximum(b, 0)
+        b = tl.program_id(0) * 0
+        above = b + samples + 1
+        while above - b > 1:
+            middle = (b + above) // 2
+            before = tl.load(cu_own_ptr + middle) // BLOCK + middle <= tile
+            b = tl.where(before, middle, b)
+            above = tl.where(before, above, middle)
         within = b < samples
         start = _bounded(tl.load(cu_own_ptr + b), 0, own)
         last = tl.load(cu_own_ptr + b + 1, mask=within, other=own)
@@ -226,7 +150,8 @@ def placed(
         other_start = _bounded(tl.load(cu_other_ptr + b), 0, other)
         last = tl.load(cu_other_ptr + b + 1, mask=within, other=0)
         met = (_bounded(last, other_start, other) - other_start).to(tl.int32)
-        return unit * 0, b, unit, first, start, count, other_start, tl.where(within, met, 0)
+        met = tl.where(within, met, 0)
+        return unit * 0, unit, b * heads + unit, first, start, count, other_start, met
 
 
 @triton.jit
@@ -394,7 +319,7 @@ class Problem:
         if block_mask is not None:
             whole = not (drops or self.mode & HEAVY) and tiles_fit(q.dtype, width, block_size)
             self.mode |= TILES.value if whole else BLOCKS.value
-        self.launch = pick(q.dtype, width, self.mode, drops)
+        self.launch = pick(q.dtype, width, self.mode, drops, cu_seqlens is not None)
         factor, cap = (scale / softcap, softcap) if softcap > 0.0 else (scale, 0.0)
         factor, cap = factor * (1.0 if softcap > 0.0 else LOG2E.value), cap * LOG2E.value
         # A scaled row maximum is the maximum of the scaled row, and one multiplication less, where

@@ -14,15 +14,10 @@ import triton
 import triton.language as tl
 
 from udlkernels._aot import Entry
+from udlkernels.attention.attention.launch_tables import ALIBI, LEFT, RIGHT, SINKS, SOFTCAP, Tile
 from udlkernels.attention.attention.tile_kernels import (
-    ALIBI,
-    LEFT,
     LN2,
     LOG2E,
-    RIGHT,
-    SINKS,
-    SOFTCAP,
-    Tile,
     dot,
     entry,
     logits,

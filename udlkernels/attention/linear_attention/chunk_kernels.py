@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 
 from udlkernels._aot import Entry
-from udlkernels.attention.attention.tile_kernels import TARGETS, WIDE_STRIDE, padded, strides
+from udlkernels.attention.attention.launch_tables import TARGETS, WIDE_STRIDE
+from udlkernels.attention.attention.tile_kernels import padded, strides
 
 __all__ = ["strides"]
 
