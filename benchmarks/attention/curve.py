@@ -19,7 +19,7 @@ from ..declaration import Benchmark, Input, Peer, Shape
 from .shapes import products, terms
 
 _PLAIN_UP_TO = 4096  # beyond, the scores of PyTorch's plain path take gigabytes
-_ROWS = 256  # queries whose scores the float64 formula holds at a time
+_ROWS = 512  # queries whose scores the float64 formula holds at a time
 
 
 def inputs(shape: Shape) -> Mapping[str, Input]:
