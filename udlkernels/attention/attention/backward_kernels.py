@@ -141,7 +141,7 @@ def attention_dkdv_kernel(
     """dk and dv of BLOCK_N keys of one KV head, over the query heads of its group in order."""
     tiles = tile_count(keys, cu_k_ptr, samples, BLOCK_N)
     unit = (tl.program_id(0) // tiles).to(tl.int64)
-    b, sample, kv_head, first, k_start, own, q_start, met = placed(
+    b, kv_head, unit, first, k_start, own, q_start, met = placed(
         tl.program_id(0) % tiles, unit, keys, queries, heads // group, cu_k_ptr, cu_q_ptr, samples,
         BLOCK_N,
     )  # fmt: skip
@@ -171,7 +171,7 @@ def attention_dkdv_kernel(
         )  # fmt: skip
         slope = 0.0
         if ALIBI & MODE:
-            slope = tl.load(slopes_ptr + sample * heads + h).to(ACC) * LOG2E
+            slope = tl.load(slopes_ptr + unit * group + member).to(ACC) * LOG2E
         q_at = q_ptr + b * q_b + h * q_h + q_start * q_t
         dout_at = dout_ptr + b * dout_b + h * dout_h + q_start * dout_t
         row = (b * heads + h) * rows + q_start
@@ -257,10 +257,11 @@ def attention_dq_kernel(
     if RIGHT & MODE:
         tile = tiles - 1 - tile
     unit = (tl.program_id(0) // tiles).to(tl.int64)
-    b, sample, h, first, q_start, own, k_start, met = placed(
+    row = unit * queries
+    b, h, unit, first, q_start, own, k_start, met = placed(
         tile, unit, queries, keys, heads, cu_q_ptr, cu_k_ptr, samples, BLOCK_M
     )  # fmt: skip
-    row = (b * heads + h) * queries + q_start
+    row += q_start
     queries, keys = own, met
     if cu_q_ptr is not None:
         offset *= keys - queries
@@ -274,7 +275,7 @@ def attention_dq_kernel(
     )  # fmt: skip
     slope = 0.0
     if ALIBI & MODE:
-        slope = tl.load(slopes_ptr + sample * heads + h).to(ACC) * LOG2E
+        slope = tl.load(slopes_ptr + unit).to(ACC) * LOG2E
     q_ptr += b * q_b + h * q_h + q_start * q_t
     k_ptr += b * k_b + h // group * k_h + k_start * k_s
     v_ptr += b * v_b + h // group * v_h + k_start * v_s

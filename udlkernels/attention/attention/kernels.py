@@ -106,10 +106,11 @@ def attention_fwd_kernel(
     if RIGHT & MODE:
         tile = tiles - 1 - tile  # the queries that see most keys start first
     unit = (tl.program_id(0) // tiles).to(tl.int64)
-    b, sample, h, first, q_start, own, k_start, met = placed(
+    row = unit * queries
+    b, h, unit, first, q_start, own, k_start, met = placed(
         tile, unit, queries, keys, heads, cu_q_ptr, cu_k_ptr, samples, BLOCK_M
     )  # fmt: skip
-    row = (b * heads + h) * queries + q_start
+    row += q_start
     queries, keys = own, met
     if cu_q_ptr is not None:
         offset *= keys - queries
@@ -123,11 +124,10 @@ def attention_fwd_kernel(
     )  # fmt: skip
     slope = 0.0
     if ALIBI & MODE:
-        slope = tl.load(slopes_ptr + sample * heads + h).to(ACC) * LOG2E
+        slope = tl.load(slopes_ptr + unit).to(ACC) * LOG2E
     q_ptr += b * q_b + h * q_h + q_start * q_t
     k_ptr += b * k_b + h // group * k_h + k_start * k_s
     v_ptr += b * v_b + h // group * v_h + k_start * v_s
-    out_ptr += b * out_b + h * out_h + q_start * out_t
     q = load_tile(q_ptr, q_t, first, 0, queries, BLOCK_M, BLOCK_D, D, True, WIDE)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], ACC)
     total = tl.zeros([BLOCK_M], ACC)
@@ -135,7 +135,7 @@ def attention_fwd_kernel(
     if SINKS & MODE:
         sink = tl.load(sinks_ptr + h).to(ACC) * LOG2E
         if cu_q_ptr is not None:  # rows behind the last sequence have no sink either
-            sink = tl.where(sample < samples, sink, float("-inf"))
+            sink = tl.where(unit < samples * heads, sink, float("-inf"))
         peak = tl.zeros([BLOCK_M], ACC) + sink
         total += tl.where(sink == float("-inf"), 0.0, 1.0)
 
@@ -156,6 +156,7 @@ def attention_fwd_kernel(
 
     divisor = tl.where(total == 0.0, 1.0, total)
     out = acc * (KEEP_SCALE / divisor)[:, None]
+    out_ptr += b * out_b + h * out_h + q_start * out_t
     store_tile(out, out_ptr, out_t, first, queries, BLOCK_M, BLOCK_DV, DV, WIDE)
     lse = tl.where(total == 0.0, float("-inf"), (peak + tl.log2(divisor)) * LN2)
     tl.store(lse_ptr + row + i, lse, mask=i < queries)

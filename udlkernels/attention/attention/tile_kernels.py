@@ -7,7 +7,7 @@ are in base 2 (log2(e) is part of `factor`, `cap`, the slope and the bias), so t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -83,16 +83,37 @@ HALF_HEAVY = (
 # shared memory, and small tiles keep them in registers; beyond 128 wide the backward spills.
 SINGLE = (
     Launch(64, Tile(32, 16, 4, 1), Tile(16, 16, 8, 1), Tile(16, 32, 8, 1)),
-    Launch(128, Tile(32, 32, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+    Launch(128, Tile(32, 32, 16, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
     Launch(256, Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
     Launch(512, Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
 )
 DOUBLE = (Launch(512, Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),)
 
 
-def pick(dtype: torch.dtype, width: int, heavy: bool) -> Launch:
-    half = HALF_HEAVY if heavy else HALF
-    table = {8: DOUBLE, 4: SINGLE}.get(dtype.itemsize, half)
+# Where a packed sequence lies is read from memory, and such numbers take a register in each thread:
+# pipelines of another depth keep them from spilling. The depth changes no bit, nor do the warps of
+# the dq pass, in which no sum crosses them.
+PACKED_HALF = (
+    *HALF[:2],
+    replace(HALF[2], dkdv=Tile(32, 32, 8, 2), dq=Tile(32, 32, 4, 2)),
+    replace(HALF[3], dkdv=Tile(16, 16, 8, 3), dq=Tile(16, 16, 8, 2)),
+)
+PACKED_HEAVY = (
+    *HALF_HEAVY[:2],
+    replace(HALF_HEAVY[2], forward=Tile(32, 32, 8, 3), dq=Tile(32, 32, 8, 2)),
+    replace(HALF_HEAVY[3], dq=Tile(16, 16, 8, 2)),
+)
+PACKED_SINGLE = (
+    replace(SINGLE[0], forward=Tile(32, 16, 4, 2), dq=Tile(16, 32, 8, 2)),
+    *SINGLE[1:],
+)
+
+
+def pick(dtype: torch.dtype, width: int, heavy: bool, packed: bool) -> Launch:
+    half, single = HALF_HEAVY if heavy else HALF, SINGLE
+    if packed:
+        half, single = PACKED_HEAVY if heavy else PACKED_HALF, PACKED_SINGLE
+    table = {8: DOUBLE, 4: single}.get(dtype.itemsize, half)
     return next(launch for launch in table if width <= launch.limit)
 
 
@@ -182,23 +203,24 @@ def tile_count(rows, cu_ptr, samples, BLOCK: tl.constexpr):
 def placed(
     tile, unit, own, other, heads, cu_own_ptr, cu_other_ptr, samples, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Where a tile of queries (or keys) lies, whose rows are `own` and meet `other` rows.
+    """Where a tile of queries (or keys) lies: own are its rows, other those that they meet.
 
-    Gives the sample (in memory, and of its slopes) and head, the tile's first row, and start and
-    count of the sample's own and other rows. Packed sequences have number floor(start / BLOCK) + b
-    for their first tile, which leaves room for all and grows with b: the owner of a tile is found
-    by counting. Rows behind the last sequence are one more of them, which meets nothing.
+    Gives the sample and head, that of the slopes, the tile's first row, and the start and count of
+    the sample's own and other rows. Packed sequences have number floor(start / BLOCK) + b for their
+    first tile, which leaves room for all and grows with b: the owner of a tile is found by
+    counting. Rows behind the last sequence are one more of them, which meets nothing.
     """
     if cu_own_ptr is None:
         zero = unit * 0
-        return unit // heads, unit // heads, unit % heads, tile * BLOCK, zero, own, zero, other
+        return unit // heads, unit % heads, unit, tile * BLOCK, zero, own, zero, other
     else:
-        b = tl.program_id(0) * 0 - 1
-        for n in range(tl.cdiv(samples + 1, 128)):
-            s = n * 128 + tl.arange(0, 128)
-            start = tl.load(cu_own_ptr + s, mask=s <= samples, other=0)
-            b += tl.sum(((s <= samples) & (start // BLOCK + s <= tile)).to(tl.int32), 0)
-        b = tl.maximum(b, 0)
+        b = tl.program_id(0) * 0
+        above = b + samples + 1
+        while above - b > 1:
+            middle = (b + above) // 2
+            before = tl.load(cu_own_ptr + middle) // BLOCK + middle <= tile
+            b = tl.where(before, middle, b)
+            above = tl.where(before, above, middle)
         within = b < samples
         start = _bounded(tl.load(cu_own_ptr + b), 0, own)
         last = tl.load(cu_own_ptr + b + 1, mask=within, other=own)
@@ -207,7 +229,8 @@ def placed(
         other_start = _bounded(tl.load(cu_other_ptr + b), 0, other)
         last = tl.load(cu_other_ptr + b + 1, mask=within, other=0)
         met = (_bounded(last, other_start, other) - other_start).to(tl.int32)
-        return unit * 0, b, unit, first, start, count, other_start, tl.where(within, met, 0)
+        met = tl.where(within, met, 0)
+        return unit * 0, unit, b * heads + unit, first, start, count, other_start, met
 
 
 @triton.jit
@@ -358,7 +381,7 @@ class Problem:
         self.mode = sum(bit.value for bit, has in given if has)
         drops = dropout_p > 0.0 and seed is not None
         heavy = drops or (self.mode & HEAVY) != 0
-        self.launch = pick(q.dtype, max(self.width, self.v_width), heavy)
+        self.launch = pick(q.dtype, max(self.width, self.v_width), heavy, cu_seqlens is not None)
         factor, cap = (scale / softcap, softcap) if softcap > 0.0 else (scale, 0.0)
         factor, cap = factor * (1.0 if softcap > 0.0 else LOG2E.value), cap * LOG2E.value
         # A scaled row maximum is the maximum of the scaled row, and one multiplication less, where
