@@ -2,6 +2,8 @@
 // To be included by *.isa.cpp only.
 #pragma once
 
+#include <utility>
+
 #include "vec.h"
 
 namespace udl::UDL_ISA {
@@ -76,6 +78,28 @@ void lines_to_planes(const T* lines, int64_t stride, int64_t positions, int64_t 
   }
   for (; p < positions; ++p) {
     for (int64_t c = 0; c < channels; ++c) planes[c * positions + p] = lines[p * stride + c];
+  }
+}
+
+// The sums of kLanes vectors as one vector, by halves, quarters, ...: each is added up alike.
+constexpr int half_of(int lane, int width, int lanes, int upper) {
+  const int segment = lane / width;
+  return segment % 2 * lanes + segment / 2 * 2 * width + lane % width + upper * width;
+}
+template <int kWidth, class V, int... kLane>
+UDL_INLINE V fold_pair(V x, V y, std::integer_sequence<int, kLane...>) {
+  constexpr int L = sizeof...(kLane);
+  return __builtin_shufflevector(x, y, half_of(kLane, kWidth, L, 0)...) +
+         __builtin_shufflevector(x, y, half_of(kLane, kWidth, L, 1)...);
+}
+template <class A, int kWidth = kLanes<A> / 2>
+UDL_INLINE vec_t<A> sum_each(vec_t<A>* v) {
+  using Lanes = std::make_integer_sequence<int, kLanes<A>>;
+  for (int i = 0; i < kWidth; ++i) v[i] = fold_pair<kWidth>(v[i], v[i + kWidth], Lanes{});
+  if constexpr (kWidth > 1) {
+    return sum_each<A, kWidth / 2>(v);
+  } else {
+    return v[0];
   }
 }
 

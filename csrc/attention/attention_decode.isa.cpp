@@ -2,35 +2,11 @@
 // along the vectors; then the chunks of a row are merged in their order.
 #include "attention/attention_decode.h"
 
-#include <utility>
-
 #include "attention/attention_pairs.isa.h"
 #include "pack_order.isa.h"
 
 namespace udl::UDL_ISA {
 namespace {
-
-// The sums of kLanes vectors as one vector, by halves, quarters, ...: each is added up alike.
-constexpr int half_of(int lane, int width, int lanes, int upper) {
-  const int segment = lane / width;
-  return segment % 2 * lanes + segment / 2 * 2 * width + lane % width + upper * width;
-}
-template <int kWidth, class V, int... kLane>
-UDL_INLINE V fold_pair(V x, V y, std::integer_sequence<int, kLane...>) {
-  constexpr int L = sizeof...(kLane);
-  return __builtin_shufflevector(x, y, half_of(kLane, kWidth, L, 0)...) +
-         __builtin_shufflevector(x, y, half_of(kLane, kWidth, L, 1)...);
-}
-template <class A, int kWidth = kLanes<A> / 2>
-UDL_INLINE vec_t<A> sum_each(vec_t<A>* v) {
-  using Lanes = std::make_integer_sequence<int, kLanes<A>>;
-  for (int i = 0; i < kWidth; ++i) v[i] = fold_pair<kWidth>(v[i], v[i + kWidth], Lanes{});
-  if constexpr (kWidth > 1) {
-    return sum_each<A, kWidth / 2>(v);
-  } else {
-    return v[0];
-  }
-}
 
 // Rotates the pairs of a row by the angles of a position.
 template <class A>

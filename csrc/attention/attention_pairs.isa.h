@@ -3,7 +3,7 @@
 // lower half. To be included by *.isa.cpp only.
 #pragma once
 
-#include "attention/attention.isa.h"
+#include "attention/attention_scores.isa.h"
 
 namespace udl::UDL_ISA {
 namespace {
