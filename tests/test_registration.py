@@ -21,8 +21,6 @@ ROOT = Path(__file__).parents[1]
 OPS = list(functional.__all__)
 MODULES = [name for name in nn.__all__ if inspect.isclass(getattr(nn, name))]
 DROP_IN = [name for name in OPS if inspect.isfunction(getattr(torch.nn.functional, name, None))]
-# Schemas that write to their arguments, since a copy of a cache would cost more than the step.
-IN_PLACE = {"attention_decode_append"}
 # What the constructors of modules are given.
 ARGUMENTS = dict(num_features=4, num_channels=4, num_groups=2, normalized_shape=6, size=3)
 ARGUMENTS |= dict(embed_dim=4, d_model=4, num_heads=2, nhead=2, num_layers=2)
@@ -171,7 +169,7 @@ def test_schema_has_a_fake_and_is_functional_unless_its_name_says_otherwise(pack
     entry = torch._library.simple_registry.singleton.find(f"udlkernels::{schema}")
     assert entry.fake_impl.kernel is not None
     mutable = getattr(torch.ops.udlkernels, schema).default._schema.is_mutable
-    assert mutable == (schema in IN_PLACE or schema.endswith("_"))
+    assert mutable == schema.endswith("_")
 
 
 @pytest.mark.skipif(bool(_library.extension_error), reason="the C++ kernels are not built")

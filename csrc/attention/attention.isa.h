@@ -174,6 +174,26 @@ void add_wide_product(const A* left, int64_t stride, int64_t step, int64_t rows,
   }
 }
 
+// One row of T in the accumulation type, with zeros behind it up to whole vectors.
+template <class T>
+UDL_INLINE void load_row(const T* from, int64_t width, acc_t<T>* to) {
+  using A = acc_t<T>;
+  int64_t d = 0;
+  for (; d + kLanes<A> <= width; d += kLanes<A>) store(to + d, load(from + d, Full{}), Full{});
+  if (d < width) store(to + d, load(from + d, Tail{static_cast<int>(width - d)}), Full{});
+}
+
+// One row of T from the accumulation type, times a factor; `from` holds whole vectors.
+template <class T>
+UDL_INLINE void store_row(const acc_t<T>* from, int64_t width, acc_t<T> factor, T* to) {
+  using A = acc_t<T>;
+  int64_t d = 0;
+  for (; d + kLanes<A> <= width; d += kLanes<A>) store(to + d, load(from + d, Full{}) * factor, Full{});
+  if (d < width) {
+    store(to + d, load(from + d, Full{}) * factor, Tail{static_cast<int>(width - d)});
+  }
+}
+
 // Rows of T as rows of the accumulation type: where they lie, or a copy of them.
 template <class T>
 struct Panel {

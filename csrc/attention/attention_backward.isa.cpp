@@ -55,14 +55,7 @@ UDL_INLINE uint32_t* as_pairs(A* panel) {
 template <class T>
 void copy_rows(const T* rows, int64_t stride, int64_t count, int64_t width, int64_t padded,
                acc_t<T>* out) {
-  using A = acc_t<T>;
-  for (int64_t i = 0; i < count; ++i) {
-    const T* from = rows + i * stride;
-    A* to = out + i * padded;
-    int64_t d = 0;
-    for (; d + kLanes<A> <= width; d += kLanes<A>) store(to + d, load(from + d, Full{}), Full{});
-    if (d < width) store(to + d, load(from + d, Tail{static_cast<int>(width - d)}), Full{});
-  }
+  for (int64_t i = 0; i < count; ++i) load_row(rows + i * stride, width, out + i * padded);
 }
 
 template <class T>
@@ -263,15 +256,7 @@ void write_keys(const Attention& args, const Range& range, const KeyBlock<T>& wo
   const A scale = static_cast<A>(args.scale);
   const auto write = [&](const Heads& to, const A* from, int64_t padded, int64_t width, A factor) {
     for (int64_t k = 0; k < work.n; ++k) {
-      T* row = to.to<T>(range.b, range.head, work.first + k);
-      int64_t d = 0;
-      for (; d + kLanes<A> <= width; d += kLanes<A>) {
-        store(row + d, load(from + k * padded + d, Full{}) * factor, Full{});
-      }
-      if (d < width) {
-        store(row + d, load(from + k * padded + d, Full{}) * factor,
-              Tail{static_cast<int>(width - d)});
-      }
+      store_row(from + k * padded, width, factor, to.to<T>(range.b, range.head, work.first + k));
     }
   };
   if (args.dk.data != nullptr) write(args.dk, work.dk.data(), work.row, args.width, scale);

@@ -36,9 +36,9 @@ void check_lengths(const Tensor& lengths, int64_t added, const Tensor& cache,
   }
 }
 
-Rotary rotary_of(const std::optional<Tensor>& cos, const std::optional<Tensor>& sin,
+Angles angles_of(const std::optional<Tensor>& cos, const std::optional<Tensor>& sin,
                  bool interleaved) {
-  Rotary rotary;
+  Angles rotary;
   if (!cos.has_value()) return rotary;
   rotary.cos = data_of<void>(cos);
   rotary.sin = data_of<void>(sin);
@@ -63,7 +63,7 @@ void append(Tensor k_cache, Tensor v_cache, const Tensor& k_new, const Tensor& v
     args.from = heads_of(from);
     args.to = cache_of(keys ? k_cache : v_cache, block_table);
     args.starts = static_cast<const int64_t*>(starts.const_data_ptr());
-    if (keys) args.rotary = rotary_of(cos, sin, interleaved);
+    if (keys) args.rotary = angles_of(cos, sin, interleaved);
     parallel_units(args.batches * args.key_heads, args.rows * args.width,
                    [&](int64_t begin, int64_t end) {
                      UDL_CALL(attention_decode_append)(args, begin, end);
@@ -96,7 +96,7 @@ std::tuple<Tensor, Tensor> attention_decode_fwd(
   args.right = right;
   args.scale = scale;
   args.softcap = softcap;
-  args.rotary = rotary_of(cos, sin, interleaved);
+  args.rotary = angles_of(cos, sin, interleaved);
   const Dtype acc = acc_dtype(args.dtype);
   Tensor out = empty_heads(q, args.value_width, heads_last);
   Tensor lse = empty({args.batches, args.heads, args.queries}, acc);
@@ -130,6 +130,6 @@ std::tuple<Tensor, Tensor> attention_decode_fwd(
 }  // namespace udl
 
 STABLE_TORCH_LIBRARY_IMPL(udlkernels, CPU, m) {
-  m.impl("attention_decode_append", TORCH_BOX(&udl::append));
+  m.impl("attention_decode_append_", TORCH_BOX(&udl::append));
   m.impl("attention_decode_fwd", TORCH_BOX(&udl::attention_decode_fwd));
 }

@@ -7,7 +7,7 @@
 namespace udl {
 
 // Angles by position, and which elements of a row are a pair.
-struct Rotary {
+struct Angles {
   const void* cos = nullptr;  // [positions, half], accumulation type; null without rotation
   const void* sin = nullptr;
   int64_t half = 0, positions = 0;
@@ -38,7 +38,7 @@ struct Decode {
   // Query i stands at p = length - queries + i, and sees key j where -left <= j - p <= right.
   int64_t left = 0, right = 0;
   double scale = 1, softcap = 0;
-  Rotary rotary;
+  Angles rotary;
   // Partial results of each chunk of keys: `chunk_starts` counts the chunks before sample b.
   const int64_t* chunk_starts = nullptr;  // [B + 1]
   void* partial_out = nullptr;  // [chunks, key heads, rows, value_width], accumulation type
@@ -61,7 +61,7 @@ struct Append {
   Heads from;
   Cache to;
   const int64_t* starts = nullptr;  // [B]
-  Rotary rotary;
+  Angles rotary;
 };
 
 }  // namespace udl

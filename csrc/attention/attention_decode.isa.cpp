@@ -3,14 +3,13 @@
 #include "attention/attention_decode.h"
 
 #include "attention/attention_pairs.isa.h"
-#include "pack_order.isa.h"
 
 namespace udl::UDL_ISA {
 namespace {
 
 // Rotates the pairs of a row by the angles of a position.
 template <class A>
-void rotate_row(const Rotary& rotary, int64_t position, A* row) {
+void rotate_row(const Angles& rotary, int64_t position, A* row) {
   const int64_t last = rotary.positions - 1;
   const int64_t at = most(0, least(position, last)) * rotary.half;
   const A* cos = static_cast<const A*>(rotary.cos) + at;
@@ -29,8 +28,8 @@ template <class T>
 struct Chunk {
   using A = acc_t<T>;
   explicit Chunk(const Decode& args)
-      : row(whole_packs(args.width)),
-        value_row(whole_packs(args.value_width)),
+      : row(whole_packs<T>(args.width)),
+        value_row(whole_packs<T>(args.value_width)),
         natural(row),
         queries(args.rows() * row),
         scores(args.rows() * kKeyBlock),
@@ -41,7 +40,6 @@ struct Chunk {
         high(args.rows()),
         pairs(kHasPairs<T> && args.rotary.cos == nullptr),
         query_pairs(pairs ? args.rows() * row / 2 : 0) {}
-  static int64_t whole_packs(int64_t n) { return (n + kPack<T> - 1) / kPack<T> * kPack<T>; }
 
   int64_t row, value_row;
   Array<A> natural, queries, scores, out, peak, sum;
@@ -73,18 +71,6 @@ UDL_INLINE void prefetch_row(const T* row, int64_t width) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + i, 0, 2);
 }
 
-// A natural row of the accumulation type in T's pack order.
-template <class T>
-void pack_row(const acc_t<T>* natural, int64_t row, acc_t<T>* out) {
-  constexpr int L = kLanes<acc_t<T>>;
-  for (int64_t i = 0; i < row; i += kPack<T>) {
-    for (int k = 0; k < L; ++k) {
-      out[i + k] = natural[i + (kEvenOdd<T> ? 2 * k : k)];
-      out[i + L + k] = natural[i + (kEvenOdd<T> ? 2 * k + 1 : L + k)];
-    }
-  }
-}
-
 template <class T>
 void load_queries(const Decode& args, int64_t b, int64_t head, Chunk<T>& work) {
   using A = acc_t<T>;
@@ -93,8 +79,7 @@ void load_queries(const Decode& args, int64_t b, int64_t head, Chunk<T>& work) {
   for (int64_t r = 0; r < args.rows(); ++r) {
     const int64_t h = head * args.group() + r / args.queries, t = r % args.queries;
     const T* from = args.q.at<T>(b, h, t);
-    work.natural.clear();
-    for (int64_t d = 0; d < args.width; ++d) work.natural.data()[d] = load_one(from + d);
+    load_row(from, args.width, work.natural.data());
     if (work.pairs) {
       uint32_t* pairs = work.query_pairs.data() + r * work.row / 2;
       std::memset(pairs, 0, static_cast<size_t>(work.row) * sizeof(T));
@@ -102,7 +87,7 @@ void load_queries(const Decode& args, int64_t b, int64_t head, Chunk<T>& work) {
     }
     const int64_t position = length - args.queries + t;
     if (args.rotary.cos != nullptr) rotate_row(args.rotary, position, work.natural.data());
-    pack_row<T>(work.natural.data(), work.row, work.queries.data() + r * work.row);
+    to_pack_order<T>(work.natural.data(), work.queries.data() + r * work.row, args.width);
     work.low.data()[r] = most(0, position - least(args.left, 2 * far));
     work.high.data()[r] = least(length, position + least(args.right, 2 * far) + 1);
     work.peak.data()[r] = static_cast<A>(kLowest);
@@ -127,16 +112,13 @@ UDL_INLINE void score_tile(const acc_t<T>* queries, int64_t row, const T* const*
   constexpr int L = kLanes<A>, kK = L / kR;
   vec_t<A> sums[L] = {};
   const auto step = [&](int64_t d, auto part) UDL_LAMBDA {
-    vec_t<A> a[kR], b[kR];
-    for (int r = 0; r < kR; ++r) {
-      a[r] = load(queries + r * row + d, Full{});
-      b[r] = load(queries + r * row + d + L, Full{});
-    }
+    Pack<A> query[kR];
+    for (int r = 0; r < kR; ++r) query[r] = load_ordered<T>(queries + r * row + d);
     for (int k = 0; k < kK; ++k) {
       const Pack<A> key = load_pack(keys[k] + d, part);
       for (int r = 0; r < kR; ++r) {
-        sums[r * kK + k] += a[r] * key.a;
-        sums[r * kK + k] += b[r] * key.b;
+        sums[r * kK + k] += query[r].a * key.a;
+        sums[r * kK + k] += query[r].b * key.b;
       }
     }
   };
@@ -281,14 +263,12 @@ template <int kR, int kC, class T, class Part>
 UDL_INLINE void add_columns(Chunk<T>& work, int64_t r0, int64_t d, int64_t begin, int64_t end,
                             Part part) {
   using A = acc_t<T>;
-  constexpr int L = kLanes<A>;
   A* out = work.out.data() + r0 * work.value_row + d;
   const A* weights = work.scores.data() + r0 * kKeyBlock;
   Pack<A> sums[kR][kC];
   for (int r = 0; r < kR; ++r) {
     for (int c = 0; c < kC; ++c) {
-      const A* at = out + r * work.value_row + c * kPack<T>;
-      sums[r][c] = {load(at, Full{}), load(at + L, Full{})};
+      sums[r][c] = load_ordered<T>(out + r * work.value_row + c * kPack<T>);
     }
   }
   for (int64_t k = begin; k < end; ++k) {
@@ -304,9 +284,7 @@ UDL_INLINE void add_columns(Chunk<T>& work, int64_t r0, int64_t d, int64_t begin
   }
   for (int r = 0; r < kR; ++r) {
     for (int c = 0; c < kC; ++c) {
-      A* at = out + r * work.value_row + c * kPack<T>;
-      store(at, sums[r][c].a, Full{});
-      store(at + L, sums[r][c].b, Full{});
+      store_ordered<T>(out + r * work.value_row + c * kPack<T>, sums[r][c]);
     }
   }
 }
@@ -370,16 +348,6 @@ void attend_block(const Decode& args, Chunk<T>& work, int64_t b, int64_t head, i
   for (; r < args.rows(); ++r) attend_rows<1>(args, work, b, head, r, first, n);
 }
 
-// The natural order of a row in T's pack order.
-template <class T>
-void unpack_row(const acc_t<T>* packed, int64_t width, acc_t<T>* out) {
-  constexpr int64_t L = kLanes<acc_t<T>>;
-  for (int64_t d = 0; d < width; ++d) {
-    const int64_t at = d % kPack<T>;
-    out[d] = packed[d - at + (kEvenOdd<T> ? at % 2 * L + at / 2 : at)];
-  }
-}
-
 template <class T>
 void decode_unit(const Decode& args, int64_t b, int64_t unit, Chunk<T>& work) {
   using A = acc_t<T>;
@@ -400,8 +368,9 @@ void decode_unit(const Decode& args, int64_t b, int64_t unit, Chunk<T>& work) {
   for (int64_t r = 0; r < args.rows(); ++r) {
     static_cast<A*>(args.partial_peak)[at + r] = work.peak.data()[r];
     static_cast<A*>(args.partial_sum)[at + r] = work.sum.data()[r];
-    unpack_row<T>(work.out.data() + r * work.value_row, args.value_width,
-                  static_cast<A*>(args.partial_out) + (at + r) * args.value_width);
+    from_pack_order<T>(work.out.data() + r * work.value_row,
+                       static_cast<A*>(args.partial_out) + (at + r) * args.value_width,
+                       args.value_width);
   }
 }
 
@@ -433,9 +402,8 @@ void merge_row(const Decode& args, int64_t unit, acc_t<T>* sums) {
     const A* from = static_cast<const A*>(args.partial_out) + at(c) * args.value_width;
     for (int64_t d = 0; d < args.value_width; ++d) sums[d] += from[d] * factor;
   }
-  T* out = args.out.to<T>(b, h, t);
   const A inverse = sum == 0 ? A(0) : 1 / sum;
-  for (int64_t d = 0; d < args.value_width; ++d) store_one(out + d, sums[d] * inverse);
+  store_row(static_cast<const A*>(sums), args.value_width, inverse, args.out.to<T>(b, h, t));
   const double lse = static_cast<double>(peak) * kLn2 + std::log(static_cast<double>(sum));
   static_cast<A*>(args.lse)[unit] = static_cast<A>(lse);
 }
@@ -456,7 +424,7 @@ void attention_decode_partial(const Decode& args, int64_t begin, int64_t end) {
 void attention_decode_merge(const Decode& args, int64_t begin, int64_t end) {
   with_type(args.dtype, [&](auto type) {
     using T = decltype(type);
-    const Array<acc_t<T>> sums(args.value_width);
+    const Array<acc_t<T>> sums(whole_lanes<acc_t<T>>(args.value_width));
     for (int64_t unit = begin; unit < end; ++unit) merge_row<T>(args, unit, sums.data());
   });
 }
@@ -465,7 +433,7 @@ void attention_decode_append(const Append& args, int64_t begin, int64_t end) {
   with_type(args.dtype, [&](auto type) {
     using T = decltype(type);
     using A = acc_t<T>;
-    const Array<A> row(args.width);
+    const Array<A> row(whole_lanes<A>(args.width));
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t b = unit / args.key_heads, head = unit % args.key_heads;
       for (int64_t i = 0; i < args.rows; ++i) {
@@ -476,9 +444,9 @@ void attention_decode_append(const Append& args, int64_t begin, int64_t end) {
           std::memcpy(to, from, static_cast<size_t>(args.width) * sizeof(T));
           continue;
         }
-        for (int64_t d = 0; d < args.width; ++d) row.data()[d] = load_one(from + d);
+        load_row(from, args.width, row.data());
         rotate_row(args.rotary, position, row.data());
-        for (int64_t d = 0; d < args.width; ++d) store_one(to + d, row.data()[d]);
+        store_row(static_cast<const A*>(row.data()), args.width, A(1), to);
       }
     }
   });

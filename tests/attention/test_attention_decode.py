@@ -330,7 +330,7 @@ def test_values_that_are_not_checked_stay_in_bounds(backend):
         query = (wrong, pages, None, None, False, None, None, 2**62, 0, 0.3, 0.0, False)
         if backend.name.startswith("cpu-"):
             for call in (
-                lambda: op.attention_decode_append(*views, *new),  # noqa: B023
+                lambda: op.attention_decode_append_(*views, *new),  # noqa: B023
                 lambda: op.attention_decode_fwd(tensors[0], *views, *query),  # noqa: B023
             ):
                 with pytest.raises(RuntimeError):
@@ -338,7 +338,7 @@ def test_values_that_are_not_checked_stay_in_bounds(backend):
             for view, cache in zip(views, caches, strict=True):
                 assert torch.equal(view, cache)
         else:
-            op.attention_decode_append(*views, *new)
+            op.attention_decode_append_(*views, *new)
             out, _ = op.attention_decode_fwd(tensors[0], *views, *query)
             assert out.isfinite().all() and not out[0].any()
         for buffer, kept in zip(buffers, outside, strict=True):
@@ -366,7 +366,7 @@ def test_compiled(compiler, paged):
         options = dict(block_table=table, rotary=False, window=(4, None))
         return _call(_kernel, lengths, **options)(q, k_cache, v_cache, k_new, v_new, cos, sin)
 
-    ops = ("attention_decode_append", "attention_decode_fwd")
+    ops = ("attention_decode_append_", "attention_decode_fwd")
     assert_compiles(function, sets, ops, name, shapes == "dynamic", gradients=False)
 
 
@@ -400,7 +400,7 @@ def test_opcheck():
     for caches, pages in (((k, v), None), (paged, table)):
         for angles in ((None, None, False), (cos, sin, True)):
             args = (*caches, k_new, v_new, case.lengths, pages, *angles)
-            assert_opcheck(op.attention_decode_append, args)
+            assert_opcheck(op.attention_decode_append_, args)
             places = q, *caches, case.lengths, pages, *angles
             plain = (None, None, 2**62, 0, 0.4, 0.0, False)
             assert_opcheck(op.attention_decode_fwd, (*places, *plain))

@@ -36,6 +36,7 @@ from udlkernels.attention.attention.launch_tables import (
     SOFTCAP,
     WIDE_STRIDE,
 )
+from udlkernels.attention.attention.sdpa import result
 from udlkernels.attention.attention.sparse_kernels import (
     BLOCKS,
     RANGES,
@@ -59,7 +60,6 @@ from udlkernels.attention.attention.tile_kernels import (
     masked_start,
     or_placeholder,
     placed,
-    result,
     store_tile,
     strides,
     tile_count,

@@ -328,15 +328,9 @@ def _four_dims(bias: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     return bias
 
 
-def _result(x: torch.Tensor, heads: int, rows: int, width: int, heads_last: bool) -> torch.Tensor:
-    if heads_last:
-        return x.new_empty((x.shape[0], rows, heads, width)).transpose(1, 2)
-    return x.new_empty((x.shape[0], heads, rows, width))
-
-
 def _fake_fwd(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: Any) -> Any:
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    out = _result(q, q.shape[1], q.shape[2], v.shape[3], args[-1])
+    out = sdpa.result(q, v.shape[3], args[-1])
     return out, q.new_empty(q.shape[:3], dtype=dtype)
 
 
@@ -348,8 +342,7 @@ def _fake_bwd(dout: Any, dlse: Any, q: Any, k: Any, v: Any, *args: Any) -> Any:
         return q.new_empty((0,), dtype=torch.float32)
 
     def like(x: torch.Tensor, wanted: bool) -> torch.Tensor:
-        _, heads, rows, width = x.shape
-        return _result(x, heads, rows, width, heads_last) if wanted else nothing()
+        return sdpa.result(x, x.shape[3], heads_last) if wanted else nothing()
 
     dbias, dsinks = nothing(), nothing()
     if need_dbias:

@@ -188,3 +188,11 @@ def reasons(
         what = describe(query, key, value, mask)
         found.append(f"shapes, element types or options that do not fit together: {what}")
     return found
+
+
+def result(like: torch.Tensor, width: int, heads_last: bool) -> torch.Tensor:
+    """An empty tensor shaped as `like` but for its last size."""
+    b, h, t, _ = like.shape
+    if heads_last:
+        return like.new_empty((b, t, h, width)).transpose(1, 2)
+    return like.new_empty((b, h, t, width))

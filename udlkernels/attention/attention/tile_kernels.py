@@ -377,14 +377,6 @@ def padded(width: int) -> int:
     return max(16, triton.next_power_of_2(width))
 
 
-def result(like: torch.Tensor, width: int, heads_last: bool) -> torch.Tensor:
-    """An empty tensor shaped as `like` but for its last size."""
-    b, h, t, _ = like.shape
-    if heads_last:
-        return like.new_empty((b, t, h, width)).transpose(1, 2)
-    return like.new_empty((b, h, t, width))
-
-
 def strides(*tensors: torch.Tensor) -> tuple[int, ...]:
     """Strides of sample, head and position of each."""
     return tuple(stride for tensor in tensors for stride in tensor.stride()[:3])

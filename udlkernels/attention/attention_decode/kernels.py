@@ -15,6 +15,7 @@ import triton.language as tl
 
 from udlkernels._aot import Entry
 from udlkernels.attention.attention.launch_tables import ALIBI, LEFT, RIGHT, SINKS, SOFTCAP, Tile
+from udlkernels.attention.attention.sdpa import result
 from udlkernels.attention.attention.tile_kernels import (
     LN2,
     LOG2E,
@@ -22,7 +23,6 @@ from udlkernels.attention.attention.tile_kernels import (
     entry,
     logits,
     padded,
-    result,
     strides,
 )
 
@@ -272,7 +272,7 @@ def _constexprs(
     )  # fmt: skip
 
 
-def attention_decode_append(
+def attention_decode_append_(
     k_cache: torch.Tensor, v_cache: torch.Tensor, k_new: torch.Tensor, v_new: torch.Tensor,
     starts: torch.Tensor, block_table: torch.Tensor | None, cos: torch.Tensor | None,
     sin: torch.Tensor | None, interleaved: bool,

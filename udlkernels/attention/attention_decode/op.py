@@ -10,7 +10,7 @@ from udlkernels import _library
 from udlkernels._dispatch import choose, describe, kernel_ready, kernel_reasons, needs_grad
 from udlkernels._errors import ArgumentError
 from udlkernels.attention.attention import sdpa
-from udlkernels.attention.attention.op import _result, _wide
+from udlkernels.attention.attention.op import _wide
 from udlkernels.attention.attention.reference import default_scale, limits
 from udlkernels.attention.attention_decode import checks, reference
 
@@ -206,12 +206,12 @@ def _fake_append(*args: Any) -> None:
 
 def _fake_fwd(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, *args: Any) -> Any:
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    out = _result(q, q.shape[1], q.shape[2], v_cache.shape[3], args[-1])
+    out = sdpa.result(q, v_cache.shape[3], args[-1])
     return out, q.new_empty(q.shape[:3], dtype=dtype)
 
 
 APPEND = _library.define(
-    "attention_decode_append(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k_new, Tensor v_new,"
+    "attention_decode_append_(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k_new, Tensor v_new,"
     " Tensor starts, Tensor? block_table, Tensor? cos, Tensor? sin, bool interleaved) -> ()",
     _fake_append,
 )
@@ -224,6 +224,6 @@ FWD = _library.define(
 )
 _library.launchers(
     "udlkernels.attention.attention_decode.kernels",
-    "attention_decode_append",
+    "attention_decode_append_",
     "attention_decode_fwd",
 )

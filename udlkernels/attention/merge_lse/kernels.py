@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 
 from udlkernels._aot import Entry
-from udlkernels.attention.attention.tile_kernels import result, strides
+from udlkernels.attention.attention.sdpa import result
+from udlkernels.attention.attention.tile_kernels import strides
 
 _ELEMENTS = 2048  # of a tile: 16 a thread, and two such tiles at a time
 _WIDEST = 512  # wider rows are walked in pieces

@@ -9,6 +9,7 @@ import torch
 from udlkernels import _dispatch, _library
 from udlkernels._dispatch import choose, describe, kernel_ready, kernel_reasons, needs_grad
 from udlkernels._errors import ArgumentError
+from udlkernels.attention.attention.sdpa import result
 from udlkernels.attention.merge_lse import reference
 
 _OP = "merge_lse"
@@ -132,14 +133,8 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(3) == 1 else x.contiguous()
 
 
-def _result(x: torch.Tensor, heads_last: bool) -> torch.Tensor:
-    if heads_last:
-        return x.new_empty([x.shape[d] for d in (0, 2, 1, 3)]).transpose(1, 2)
-    return x.new_empty(x.shape)
-
-
 def _fake_fwd(out_a: Any, lse_a: Any, out_b: Any, lse_b: Any, heads_last: bool) -> Any:
-    return _result(out_a, heads_last), lse_a.new_empty(lse_a.shape)
+    return result(out_a, out_a.shape[3], heads_last), lse_a.new_empty(lse_a.shape)
 
 
 def _fake_bwd(
@@ -148,7 +143,7 @@ def _fake_bwd(
 ) -> Any:  # fmt: skip
     def gradient() -> torch.Tensor:
         if need_out:
-            return _result(out_a, heads_last)
+            return result(out_a, out_a.shape[3], heads_last)
         return out_a.new_empty((0,), dtype=torch.float32)
 
     def lse_gradient() -> torch.Tensor:
