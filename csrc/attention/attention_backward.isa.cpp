@@ -201,6 +201,10 @@ void block_gradients(const Attention& args, const QueryBlock& block, int64_t i,
       store(weights + at, p * kept, Full{});
     }
   }
+  // An odd last query is paired with a lane that has none, and may hold NaN: 0 times that is NaN too.
+  for (int64_t k = 0; work.pairs && block.rows % 2 != 0 && k < n; ++k) {
+    weights[k * B + block.rows] = gradients[k * B + block.rows] = A(0);
+  }
 }
 
 // Where the keys may not be finite, sums over them leave out weights of 0.

@@ -400,6 +400,20 @@ def test_hidden_keys_leave_no_trace(backend, case, bad):
             assert theirs is None or (torch.equal(ours, theirs) and ours.isfinite().all())
 
 
+@pytest.mark.parametrize("causal", [False, True], ids=["hidden", "causal"])
+def test_hidden_keys_have_no_gradient(backend, dtype, causal):
+    """NaN keys that no query sees, also where an odd number of queries leaves half a pair."""
+    for queries in (5, 6):
+        sizes = _sizes((2, 2, 1, queries, 11, 4, 6), dtype, backend.device)
+        options = dict(causal="top_left") if causal else _hidden(sizes)[0]
+        q, k, v = _inputs(sizes)
+        k[:, :, 6:], v[:, :, 6:] = math.nan, math.inf
+        found = testing.run(_function(_kernel, **options), [q, k, v])
+        assert all(bool(t.isfinite().all()) for t in (*found.outputs, *found.gradients[:3]))
+        assert found.gradients[1][:, :, :6].any() and not found.gradients[1][:, :, 6:].any()
+        assert found.gradients[2][:, :, :6].any() and not found.gradients[2][:, :, 6:].any()
+
+
 def test_the_formula_hides_keys_from_some_queries():
     q, k, v = (t.requires_grad_() for t in _inputs(_sizes((1, 1, 1, 4, 6, 3, 3), torch.float64)))
     expected = reference.attention(q, k, v, causal="top_left")
